@@ -1,0 +1,24 @@
+"""DSpark speculative decoding for Hugging Face transformers: `target.generate(..., assistant_model=draft)`.
+
+Importing this package wraps `GenerationMixin.generate` once (see `door.py`); calls without a DSpark draft pass through.
+"""
+
+from .configuration_dspark import DSparkConfig
+from .draft import draft_block
+from .modeling_dspark import DSparkDraftModel
+from .schedule import ConfidenceThreshold, FixedLength
+from .state import DraftBlock, GenerationStats, RoundRecord
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfidenceThreshold",
+    "DSparkConfig",
+    "DSparkDraftModel",
+    "DraftBlock",
+    "FixedLength",
+    "GenerationStats",
+    "RoundRecord",
+    "__version__",
+    "draft_block",
+]

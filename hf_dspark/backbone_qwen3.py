@@ -1,0 +1,71 @@
+"""The Qwen3 decoder layer of a draft: transformers' modules, with keys and values of the target's context in front."""
+
+import torch
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .configuration_dspark import DSparkConfig
+
+
+class DraftAttention(Qwen3Attention):
+    """Block queries over [cached context ; new context ; block]: every position sees the context and the block."""
+
+    def __init__(self, config: DSparkConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [B, g, H]  block, normed
+        context: torch.Tensor,  # [B, new, H]  projected features of newly committed positions
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # [B, new+g, head_dim] each
+        cache: Cache,
+    ) -> torch.Tensor:
+        batch_size, block_size = hidden_states.shape[:2]
+        heads = (batch_size, -1, self.head_dim)
+        rows = torch.cat([context, hidden_states], dim=1)
+        query = self.q_norm(self.q_proj(hidden_states).view(batch_size, block_size, *heads[1:])).transpose(1, 2)
+        key = self.k_norm(self.k_proj(rows).view(batch_size, rows.shape[1], *heads[1:])).transpose(1, 2)
+        value = self.v_proj(rows).view(batch_size, rows.shape[1], *heads[1:]).transpose(1, 2)
+        cos, sin = position_embeddings
+        # Queries and keys are of different lengths: each is rotated alone, with its own positions.
+        query, _ = apply_rotary_pos_emb(query, query, cos[:, -block_size:], sin[:, -block_size:])
+        key, _ = apply_rotary_pos_emb(key, key, cos, sin)
+        key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False)
+        return self.o_proj(output.reshape(batch_size, block_size, -1))
+
+
+class DraftDecoderLayer(GradientCheckpointingLayer):
+    """One layer; the context has passed `hidden_norm` already and is not normed again."""
+
+    def __init__(self, config: DSparkConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = DraftAttention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states, context, position_embeddings, cache):
+        """Shapes as in `DraftAttention`; returns the block's hidden states [B, g, H]."""
+        attended = self.self_attn(self.input_layernorm(hidden_states), context, position_embeddings, cache)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Qwen3Backbone:
+    """The modules a draft of this backbone is built from."""
+
+    DecoderLayer = DraftDecoderLayer
+    RMSNorm = Qwen3RMSNorm
+    RotaryEmbedding = Qwen3RotaryEmbedding

@@ -1,0 +1,103 @@
+"""DSparkConfig: our field names, validated once. `dialects.py` translates what other tools write."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
+BACKBONE_TYPES = ("qwen3",)
+
+
+@strict
+class DSparkConfig(PreTrainedConfig):
+    """Configuration of a DSpark draft.
+
+    Args:
+        backbone_type: decoder layers of the draft; "qwen3".
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+            head_dim, hidden_act, rms_norm_eps, attention_bias, attention_dropout, max_position_embeddings,
+            rope_parameters: of the draft's decoder layers, named as in transformers. `hidden_size` and `vocab_size`
+            are the target's. `rope_parameters` must hold `rope_theta`: no default is right for every target.
+        block_size: tokens drafted in one round.
+        target_layer_ids: target layers the draft reads, 0-based outputs, strictly increasing; -1 is the embedding.
+        mask_token_id: input token of block positions 2 to `block_size`.
+        num_target_layers: decoder layers of the target the draft was trained for; None if unknown.
+        markov_rank: rank of the sequential head; 0 is a draft without one.
+        markov_head_type: "vanilla", "gated" or "rnn".
+        enable_confidence_head, confidence_head_with_markov: whether there is one, and whether it reads W1[x_{k-1}].
+        has_embed_tokens, has_lm_head: whether the draft holds its own copies; otherwise the target's are used.
+    """
+
+    model_type = "dspark"
+
+    backbone_type: str = "qwen3"
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    max_position_embeddings: int = 40960
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    block_size: int = 7
+    target_layer_ids: list[int] | None = None
+    mask_token_id: int | None = None
+    num_target_layers: int | None = None
+    markov_rank: int = 256
+    markov_head_type: str = "vanilla"
+    enable_confidence_head: bool = True
+    confidence_head_with_markov: bool = True
+    has_embed_tokens: bool = False
+    has_lm_head: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.target_layer_ids is not None:  # DSparkConfig() is legal, as for any config; a draft needs its taps
+            self._check_draft()
+            self._check_rope(kwargs)
+        super().__post_init__(**kwargs)
+
+    def _check_draft(self) -> None:
+        if self.backbone_type not in BACKBONE_TYPES:
+            raise ValueError(f"`backbone_type` must be one of {BACKBONE_TYPES}, got {self.backbone_type!r}.")
+        if self.block_size < 1:
+            raise ValueError(
+                f"`block_size` is the number of drafted tokens and must be at least 1, got {self.block_size}."
+            )
+        taps = self.target_layer_ids
+        if not taps or min(taps) < -1 or taps != sorted(set(taps)):
+            raise ValueError(
+                f"`target_layer_ids` must be strictly increasing layer numbers from 0 (-1: the embedding), got {taps}. "
+                "They are part of the trained draft: take them from its model card."
+            )
+        if self.num_target_layers is not None and max(taps) >= self.num_target_layers:
+            raise ValueError(
+                f"`target_layer_ids` {taps} name a layer that a target of {self.num_target_layers} layers "
+                "(`num_target_layers`) does not have. Correct the one that is wrong."
+            )
+        if self.mask_token_id is None or not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"`mask_token_id` must be a token of the vocabulary (0 to {self.vocab_size - 1}), got "
+                f"{self.mask_token_id}. It is part of the trained draft: take it from its model card."
+            )
+        if self.markov_rank < 0:
+            raise ValueError(f"`markov_rank` must be 0 (no sequential head) or more, got {self.markov_rank}.")
+        if self.markov_head_type not in MARKOV_HEAD_TYPES:
+            raise ValueError(f"`markov_head_type` must be one of {MARKOV_HEAD_TYPES}, got {self.markov_head_type!r}.")
+        if self.enable_confidence_head and self.confidence_head_with_markov and self.markov_rank == 0:
+            raise ValueError(
+                "`confidence_head_with_markov` is True, but a draft of `markov_rank` 0 has no Markov embedding to read. "
+                "Set it to False, or give the draft a sequential head."
+            )
+
+    def _check_rope(self, kwargs: dict) -> None:
+        if (self.rope_parameters or {}).get("rope_theta") is None and kwargs.get("rope_theta") is None:
+            raise ValueError(
+                f"`rope_parameters` must hold `rope_theta`, got {self.rope_parameters}. There is no default: with a "
+                "wrong one the draft runs and nothing is accepted. Take it from the draft's or the target's config."
+            )

@@ -1,0 +1,86 @@
+"""Step 2, draft: anchor and masks through the backbone once, then the block sampled left to right (paper section 2)."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import Cache
+
+from .rollback import drop_last
+from .state import Distribution, DraftBlock
+
+# (draft logits [B, V], tokens drafted before [B, k]) -> (token ids [B], the law they were drawn from [B, 1, K] or None)
+Sampler = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, Distribution | None]]
+
+
+def draft_block(
+    draft,
+    features: torch.Tensor,  # [B, new, m*H]  of the positions committed since the last call
+    anchor_ids: torch.Tensor,  # [B]
+    cache: Cache,  # draft.new_cache(); holds the context read before
+    *,
+    position_ids: torch.Tensor | None = None,  # [B, new+g]  of the new context, then of the block
+    num_tokens: int | None = None,
+    sampler: Sampler | None = None,
+) -> DraftBlock:
+    """Propose up to `block_size` tokens after the anchor; the context is read into `cache`, the block is not kept.
+
+    Args:
+        position_ids: default is a context without gaps, so the anchor stands at its length.
+        num_tokens: sample only the first of the block's positions. The backbone always sees the whole block.
+        sampler: default is greedy.
+
+    Raises ValueError where the draft has no embedding or lm_head of its own and no target is bound.
+    """
+    config = draft.config
+    block_size = config.block_size
+    num_tokens = block_size if num_tokens is None else num_tokens
+    anchor_ids = anchor_ids.reshape(-1, 1)
+    masks = torch.full_like(anchor_ids, config.mask_token_id).expand(-1, block_size - 1)
+    if position_ids is None:
+        start = cache.get_seq_length()
+        stop = start + features.shape[1] + block_size
+        position_ids = torch.arange(start, stop, device=features.device).expand(features.shape[0], -1)
+    hidden_states = draft(features, torch.cat([anchor_ids, masks], dim=1), position_ids, cache)
+    drop_last(cache, block_size)
+    hidden_states = hidden_states[:, :num_tokens]
+    base_logits = draft.compute_logits(hidden_states)
+    return _sample_block(draft, hidden_states, base_logits, anchor_ids.to(base_logits.device), sampler or _greedy)
+
+
+def _sample_block(draft, hidden_states, base_logits, anchor_ids, sampler: Sampler) -> DraftBlock:
+    """The sequential stage: each sampled token feeds the next position's bias and confidence."""
+    head, state = draft.markov_head, None
+    tokens = anchor_ids  # [B, 1+k]
+    draft_logits, laws = [], []
+    for k in range(base_logits.shape[1]):
+        logits = base_logits[:, k]
+        if head is not None:
+            bias, state = head(tokens[:, -1], hidden_states[:, k], state)
+            logits = logits + bias.float()
+        next_ids, law = sampler(logits, tokens[:, 1:])
+        tokens = torch.cat([tokens, next_ids.to(tokens.device).unsqueeze(-1)], dim=1)
+        draft_logits.append(logits)
+        laws.append(law)
+    confidence = None
+    if draft.confidence_head is not None:
+        previous = head.previous_embedding(tokens[:, :-1]) if draft.config.confidence_head_with_markov else None
+        confidence = draft.confidence_head(hidden_states, previous)
+    return DraftBlock(
+        token_ids=tokens[:, 1:],
+        base_logits=base_logits,
+        draft_logits=torch.stack(draft_logits, dim=1),
+        confidence_logits=confidence,
+        hidden_states=hidden_states,
+        distribution=_join(laws),
+    )
+
+
+def _greedy(logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return logits.argmax(-1), None
+
+
+def _join(laws: list[Distribution | None]) -> Distribution | None:
+    if laws[0] is None:
+        return None
+    ids = None if laws[0].support_ids is None else torch.cat([law.support_ids for law in laws], dim=1)
+    return Distribution(torch.cat([law.probs for law in laws], dim=1), ids)

@@ -1,0 +1,90 @@
+"""The sequential stage and the confidence head of a draft (paper section 2); parameter names are the checkpoints'.
+
+A Markov-type head turns the previous token (and the position's hidden state) into a transition bias B_k on the base
+logits U_k. Heads carry an explicit state from position to position; only the recurrent one uses it.
+"""
+
+import torch
+from torch import nn
+
+from .configuration_dspark import DSparkConfig
+
+
+class MarkovHead(nn.Module):
+    """`vanilla`: B_k = W2 · W1[x_{k-1}], a low-rank table of token transitions."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
+        self.markov_w2 = nn.Linear(config.markov_rank, config.vocab_size, bias=False)
+
+    def previous_embedding(self, previous_ids: torch.Tensor) -> torch.Tensor:
+        """W1[x] [..., r] for token ids [...]."""
+        return self.markov_w1(previous_ids)
+
+    def forward(
+        self,
+        previous_ids: torch.Tensor,  # [B]
+        hidden_states: torch.Tensor,  # [B, H]  of the position that is sampled
+        state: torch.Tensor | None,  # [B, r] or None at the first position
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Transition bias [B, V] and the state for the next position."""
+        return self.markov_w2(self.markov_w1(previous_ids)), state
+
+
+class GatedMarkovHead(MarkovHead):
+    """`gated`: B_k = W2 · (sigmoid(W_g [h_k ; W1[x_{k-1}]]) * W1[x_{k-1}])."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size + config.markov_rank, config.markov_rank)
+
+    def forward(self, previous_ids, hidden_states, state):
+        previous = self.markov_w1(previous_ids)
+        gate = self.gate_proj(torch.cat([hidden_states, previous], dim=-1)).sigmoid()
+        return self.markov_w2(gate * previous), state
+
+
+class RNNHead(MarkovHead):
+    """`rnn`: one joint linear of [s_{k-1} ; W1[x_{k-1}] ; h_k] gives gate, candidate and output.
+
+    s_k = sig(gate) · s_{k-1} + (1 - sig(gate)) · tanh(candidate), B_k = W2 · tanh(output), s_0 = 0.
+    """
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        rank = config.markov_rank
+        self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
+
+    def forward(self, previous_ids, hidden_states, state):
+        previous = self.markov_w1(previous_ids)
+        state = torch.zeros_like(previous) if state is None else state
+        joint = self.joint_proj(torch.cat([state, previous, hidden_states], dim=-1))
+        gate, candidate, output = joint.chunk(3, dim=-1)
+        gate = gate.sigmoid()
+        state = gate * state + (1 - gate) * candidate.tanh()
+        return self.markov_w2(output.tanh()), state
+
+
+class ConfidenceHead(nn.Module):
+    """w · [h_k ; W1[x_{k-1}]] (or of h_k alone), in fp32: the logit of P(token k accepted | all before it accepted)."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        extra = config.markov_rank if config.confidence_head_with_markov else 0
+        self.proj = nn.Linear(config.hidden_size + extra, 1)
+
+    def forward(self, hidden_states: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+        """Logits [B, g] from hidden states [B, g, H] and W1 of the previous tokens [B, g, r] (None: not used)."""
+        inputs = hidden_states if previous is None else torch.cat([hidden_states, previous], dim=-1)
+        return nn.functional.linear(inputs.float(), self.proj.weight.float(), self.proj.bias.float()).squeeze(-1)
+
+
+MARKOV_HEADS = {"vanilla": MarkovHead, "gated": GatedMarkovHead, "rnn": RNNHead}
+
+
+def build_heads(config: DSparkConfig) -> tuple[MarkovHead | None, ConfidenceHead | None]:
+    """The sequential head (None for rank 0) and the confidence head (None where the config has none)."""
+    markov_head = MARKOV_HEADS[config.markov_head_type](config) if config.markov_rank > 0 else None
+    confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
+    return markov_head, confidence_head

@@ -1,0 +1,268 @@
+"""DSparkDraftModel: the context projection, the block's backbone, and the heads; how it is loaded and saved.
+
+The decoder layers are a backbone's, the sequential stage is in `heads.py` and `draft.py`, the decoding in `generate.py`.
+"""
+
+import os
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .backbone_qwen3 import Qwen3Backbone
+from .configuration_dspark import DSparkConfig
+from .dialects import read_dialect
+from .door import install
+from .features import num_target_layers
+from .generate import SpeculativeDecoding
+from .heads import build_heads
+from .hub import HUB_ARGUMENTS, Checkpoint, find_checkpoint
+from .state import GenerationStats
+
+logger = logging.get_logger(__name__)
+
+BACKBONES = {"qwen3": Qwen3Backbone}
+
+
+class DSparkPreTrainedModel(PreTrainedModel):
+    """What transformers' loading, saving and dispatch need to know of a draft."""
+
+    config_class = DSparkConfig
+    base_model_prefix = "model"
+    main_input_name = "features"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = ["DraftDecoderLayer"]
+    # Copies of the target's that the draft does not use when it shares the target's own.
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?embed_tokens\.", r"^(model\.)?lm_head\."]
+
+
+class DSparkDraftModel(SpeculativeDecoding, DSparkPreTrainedModel):
+    """A DSpark draft (paper section 2): pass it as `assistant_model` to generate() of the target it was trained for."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        if config.target_layer_ids is None:
+            raise ValueError("A draft needs `target_layer_ids` and `mask_token_id` in its config.")
+        backbone = BACKBONES[config.backbone_type]
+        hidden_size = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, hidden_size) if config.has_embed_tokens else None
+        self.lm_head = nn.Linear(hidden_size, config.vocab_size, bias=False) if config.has_lm_head else None
+        self.fc = nn.Linear(len(config.target_layer_ids) * hidden_size, hidden_size, bias=False)
+        self.hidden_norm = backbone.RMSNorm(hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(backbone.DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = backbone.RMSNorm(hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = backbone.RotaryEmbedding(config)
+        self.markov_head, self.confidence_head = build_heads(config)
+        self.generation_config = GenerationConfig()
+        self.last_stats: GenerationStats | None = None
+        self._borrowed = _Borrowed()
+        self._contexts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of target caches, for the next turn
+        self.post_init()
+
+    def forward(
+        self,
+        features: torch.Tensor,  # [B, new, m*H]  of newly committed positions
+        block_ids: torch.Tensor,  # [B, g]  anchor, then masks
+        position_ids: torch.Tensor,  # [B, new+g]
+        cache: Cache,
+    ) -> torch.Tensor:
+        """Hidden states [B, g, H] of the block after the final norm; the new context and the block enter `cache`."""
+        hidden_states = self._embed(block_ids)
+        context = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, context, position_embeddings, cache)
+        return self.norm(hidden_states)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Base logits U_k [..., V] in fp32, by the draft's own lm_head or the target's."""
+        head = self.lm_head if self.lm_head is not None else self._borrowed.get("lm_head")
+        weight = head.weight
+        like = weight if weight.is_floating_point() and weight.device.type != "meta" else None
+        inputs = hidden_states if like is None else hidden_states.to(like.device, like.dtype)
+        return head(inputs).to(hidden_states.device, torch.float32)
+
+    def new_cache(self) -> Cache:
+        """An empty cache for the draft's context."""
+        return DynamicCache()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.lm_head
+
+    def bind_target(self, target: PreTrainedModel) -> None:
+        """Check that the draft belongs to `target`, and use the target's embedding and lm_head where it has none.
+
+        Raises ValueError where hidden size, vocabulary or layers do not fit.
+        """
+        check_target(self.config, target)
+        if self.embed_tokens is None:
+            self._borrowed.embed_tokens = target.get_input_embeddings()
+        if self.lm_head is None:
+            self._borrowed.lm_head = target.get_output_embeddings()
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        embedding = self.embed_tokens if self.embed_tokens is not None else self._borrowed.get("embed_tokens")
+        weight = embedding.weight
+        if weight.is_floating_point() and weight.device.type != "meta":
+            # The table itself: some targets' embedding modules also scale or norm, which drafts were not trained with.
+            embedded = nn.functional.embedding(token_ids.to(weight.device), weight)
+        else:
+            embedded = embedding(token_ids)
+        return embedded.to(self.fc.weight.device, self.fc.weight.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        target: PreTrainedModel | None = None,
+        config: DSparkConfig | None = None,
+        **kwargs: Any,
+    ) -> "DSparkDraftModel":
+        """Load a draft from a folder or the Hub, in our own layout or the authors'.
+
+        Args:
+            target: the model it drafts for. Its embedding and lm_head are shared where the draft has none of its own
+                or equal ones, and the draft is placed on its device unless `device_map` is given. Without it the
+                draft uses its own copies, or borrows at the first generate().
+            kwargs: as for any transformers model (dtype, device_map, revision, ...), and fields of DSparkConfig.
+
+        Raises ValueError where config, tensors and target do not fit together.
+        """
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        checkpoint = find_checkpoint(pretrained_model_name_or_path, **hub_arguments)
+        if config is None:
+            decision = read_dialect(checkpoint.config, checkpoint.shapes)
+            logger.warning_once(f"{pretrained_model_name_or_path}: DSpark draft in {decision.reason}.")
+            overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in DSparkConfig.__annotations__}
+            config = DSparkConfig(**decision.fields | overrides)
+        if target is not None:
+            check_target(config, target)
+        for name in ("embed_tokens", "lm_head"):
+            is_own = f"{name}.weight" in checkpoint.entries and not _equals_targets(checkpoint, name, target)
+            setattr(config, f"has_{name}", is_own)
+        _check_tensors(cls, config, checkpoint)
+        if target is not None and kwargs.get("device_map") is None and _device_of(target).type != "cpu":
+            kwargs["device_map"] = {"": _device_of(target)}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        draft = loaded[0] if isinstance(loaded, tuple) else loaded
+        try:
+            draft.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
+        except OSError:  # most drafts ship none
+            draft.generation_config = GenerationConfig()
+        if target is not None:
+            draft.bind_target(target)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save config (our own fields, `model_type: dspark`), weights without what is the target's, and the draft's
+        generation config."""
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        super().save_pretrained(save_directory, **kwargs)
+        self.generation_config.save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))))
+
+
+class _Borrowed:
+    """The target's embedding and lm_head: no modules of the draft, so `.to()`, saving and copies leave them alone."""
+
+    embed_tokens: nn.Module | None = None
+    lm_head: nn.Module | None = None
+
+    def get(self, name: str) -> nn.Module:
+        module = getattr(self, name)
+        if module is None:
+            raise ValueError(
+                f"This draft has no `{name}` of its own and is not bound to a target yet. Load it with "
+                "`DSparkDraftModel.from_pretrained(..., target=target)`, or call `draft.bind_target(target)`; "
+                "generate(assistant_model=draft) does it by itself."
+            )
+        return module
+
+    def __deepcopy__(self, memo: dict) -> "_Borrowed":
+        copied = _Borrowed()
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+
+def check_target(config: DSparkConfig, target: PreTrainedModel) -> None:
+    """Raise ValueError where a draft of this config cannot have been trained for `target`."""
+    theirs = target.config.get_text_config(decoder=True)
+    name = target.config.name_or_path or type(target).__name__
+    remedy = f"Load the draft that belongs to {name!r}, or the target named in the draft's model card."
+    for field, meaning in (("hidden_size", "hidden size"), ("vocab_size", "vocabulary size")):
+        ours, their = getattr(config, field), getattr(theirs, field)
+        if ours != their:
+            raise ValueError(f"This draft was trained for {meaning} {ours}, but the target has {their}. {remedy}")
+    layers = num_target_layers(target)
+    if max(config.target_layer_ids) >= layers or (config.num_target_layers or layers) != layers:
+        expected = config.num_target_layers or f"more than {max(config.target_layer_ids)}"
+        raise ValueError(
+            f"This draft reads layers {config.target_layer_ids} of a target with {expected} layers, but this target "
+            f"has {layers}. {remedy}"
+        )
+
+
+def _equals_targets(checkpoint: Checkpoint, name: str, target: PreTrainedModel | None) -> bool:
+    """Whether the draft's copy of the target's embedding or lm_head can be dropped for the target's own."""
+    if target is None:
+        return False
+    module = target.get_input_embeddings() if name == "embed_tokens" else target.get_output_embeddings()
+    weight = module.weight
+    if weight.device.type == "meta" or not weight.is_floating_point():
+        logger.warning_once(f"The target's `{name}` cannot be read (offloaded or quantised); the draft keeps its own.")
+        return False
+    ours = checkpoint.tensor(f"{name}.weight")
+    if ours.shape == weight.shape and torch.equal(ours, weight.detach().to("cpu", ours.dtype)):
+        return True
+    logger.warning_once(
+        f"The draft's `{name}` differs from the target's, so the draft keeps its own. If it was trained with the "
+        "target's, this is another version of the target."
+    )
+    return False
+
+
+def _check_tensors(cls: type[DSparkDraftModel], config: DSparkConfig, checkpoint: Checkpoint) -> None:
+    """Compare names and shapes with what the config asks for, before anything is loaded."""
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+    found = checkpoint.shapes
+    not_used = {"embed_tokens.weight", "lm_head.weight"}
+    problems = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys() - not_used),
+        "of another shape": [
+            f"{name} {found[name]} (the config asks for {shape})"
+            for name, shape in wanted.items()
+            if name in found and found[name] != shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names)
+        raise ValueError(
+            f"The draft's tensors do not fit its config - {listed}. Get the complete checkpoint, or correct the field "
+            "of config.json that they depend on."
+        )
+
+
+def _device_of(target: PreTrainedModel) -> torch.device:
+    """Where the target's last step happens: the draft belongs beside it."""
+    device = target.get_output_embeddings().weight.device
+    return target.device if device.type == "meta" else device
+
+
+AutoConfig.register("dspark", DSparkConfig, exist_ok=True)
+AutoModel.register(DSparkConfig, DSparkDraftModel, exist_ok=True)
+install()

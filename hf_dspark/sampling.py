@@ -1,0 +1,190 @@
+"""Logits to probabilities to tokens: one rule for draft and target alike.
+
+Which processors may be called freely, on whole blocks or on copies, is decided here; the round only asks.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import logits_process as lp
+
+from .state import Distribution
+
+# They read only the scores, never the prefix: one call may serve all positions of a block.
+_PREFIX_FREE = (
+    lp.TemperatureLogitsWarper,
+    lp.TopKLogitsWarper,
+    lp.TopPLogitsWarper,
+    lp.MinPLogitsWarper,
+    lp.TypicalLogitsWarper,
+    lp.EpsilonLogitsWarper,
+    lp.EtaLogitsWarper,
+)
+# Their scores are a function of the prefix they are given, so a call for a rejected token leaves no trace.
+_STATELESS = (
+    *_PREFIX_FREE,
+    lp.RepetitionPenaltyLogitsProcessor,
+    lp.NoRepeatNGramLogitsProcessor,
+    lp.EncoderNoRepeatNGramLogitsProcessor,
+    lp.EncoderRepetitionPenaltyLogitsProcessor,
+    lp.MinLengthLogitsProcessor,
+    lp.MinNewTokensLengthLogitsProcessor,
+    lp.SequenceBiasLogitsProcessor,
+    lp.NoBadWordsLogitsProcessor,
+    lp.ForcedBOSTokenLogitsProcessor,
+    lp.ForcedEOSTokenLogitsProcessor,
+    lp.InfNanRemoveLogitsProcessor,
+    lp.ExponentialDecayLengthPenalty,
+    lp.SuppressTokensLogitsProcessor,
+    lp.SuppressTokensAtBeginLogitsProcessor,
+    lp.LogitNormalization,
+)
+# Columns kept beyond top_k: all tokens that tie with the k-th survive transformers' filter.
+_TIE_SLACK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TopKWarper:
+    """Temperature, top-k and top-p on the k best tokens instead of on sorted copies of the vocabulary."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+    def __call__(self, logits: torch.Tensor, *, exact: bool) -> Distribution | None:
+        """The law [B, L, K] the three processors give for `logits` [B, L, V].
+
+        With `exact`, None where more tokens tie with the k-th than the support holds; without, they are left out.
+        """
+        vocab_size = logits.shape[-1]
+        width = min(self.top_k + _TIE_SLACK, vocab_size)
+        values, ids = torch.topk(logits, width)
+        kth = values[..., min(self.top_k, vocab_size) - 1, None]
+        if exact and width < vocab_size and (values[..., -1:] == kth).any().tolist():
+            return None
+        scores = (values / self.temperature).masked_fill(values < kth, -torch.inf)
+        if self.top_p < 1.0:
+            mass_from_the_tail = scores.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+            removed = mass_from_the_tail <= 1.0 - self.top_p
+            removed[..., 0] = False
+            scores = scores.masked_fill(removed, -torch.inf)
+        return Distribution(scores.softmax(-1), ids)
+
+
+class SamplingRule:
+    """The logits processors of one call and the way a token is chosen, for the target and for the draft.
+
+    Args:
+        processors: as generate() prepared them.
+        do_sample: draw from the processed law; otherwise take its argmax.
+        generator: source of randomness; None is torch's default generator of the device, as in plain generate.
+        keep_scores: the caller wants processed scores of the whole vocabulary, so nothing may be skipped.
+    """
+
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        *,
+        do_sample: bool,
+        generator: torch.Generator | None = None,
+        keep_scores: bool = False,
+    ):
+        self.processors = processors
+        self.do_sample = do_sample
+        self.generator = generator
+        self.is_stateful = any(type(p) not in _STATELESS for p in processors)
+        self.is_prefix_free = all(type(p) in _PREFIX_FREE for p in processors)
+        self.top_k_warper = _top_k_warper(processors) if do_sample and not keep_scores else None
+
+    def draft_processors(self) -> LogitsProcessorList:
+        """Processors for one block of the draft: stateful ones as copies, so that the target's see only its own calls.
+
+        A copy that holds a model (classifier-free guidance) would run the target for every drafted token, and one
+        that cannot be copied would be disturbed: both are left out. The draft's law may be any; the output's is not.
+        """
+        if not self.is_stateful:
+            return self.processors
+        kept = (p if type(p) in _STATELESS else _copy_processor(p) for p in self.processors)
+        return LogitsProcessorList([p for p in kept if p is not None])
+
+    def sparse_distribution(self, logits: torch.Tensor, *, exact: bool) -> Distribution | None:
+        """The law over a short support, where processors and device allow it; None: process the whole vocabulary.
+
+        Only on a CPU: there full sorts cost most, and looking for ties costs no device synchronisation.
+        """
+        if self.top_k_warper is None or logits.device.type != "cpu":
+            return None
+        return self.top_k_warper(logits, exact=exact)
+
+    def draw(self, probs: torch.Tensor) -> torch.Tensor:
+        """Column [...] drawn from `probs` [..., K]."""
+        return pick(probs, torch.empty_like(probs).exponential_(generator=self.generator))
+
+    def uniforms(self, like: torch.Tensor) -> torch.Tensor:
+        """One uniform number in [0, 1) for each drafted token; `like` is [B, L]."""
+        return torch.rand(like.shape, device=like.device, generator=self.generator)
+
+
+def pick(probs: torch.Tensor, exponentials: torch.Tensor) -> torch.Tensor:
+    """The index [...] drawn from `probs` [..., K] by given exponential noise.
+
+    torch.multinomial's algorithm and random stream, without its host synchronisations.
+    """
+    return (probs / exponentials).argmax(-1)
+
+
+def process_scores(
+    processors: LogitsProcessorList,
+    candidate_ids: torch.Tensor,  # [B, n+L]  committed tokens, then the drafted ones
+    logits: torch.Tensor,  # [B, L+1, V]
+    *,
+    prefix_free: bool = False,
+    goes_on=None,
+) -> torch.Tensor:
+    """Processed scores [B, L+1, V]; position i is processed with the prefix that ends in drafted token i.
+
+    `goes_on(i, scores)` stops before position i+1 if it returns False: the rows behind stay raw and must not be read.
+    Stateful processors need it, since they may only be called for tokens that are emitted, in order.
+    """
+    if len(processors) == 0:
+        return logits
+    if prefix_free:
+        return processors(candidate_ids, logits.flatten(0, 1).clone()).view_as(logits)
+    scores = logits.clone()
+    num_committed = candidate_ids.shape[1] - logits.shape[1] + 1
+    for i in range(logits.shape[1]):
+        scores[:, i] = processors(candidate_ids[:, : num_committed + i], logits[:, i].clone())
+        if goes_on is not None and i + 1 < logits.shape[1] and not goes_on(i, scores[:, i]):
+            break
+    return scores
+
+
+def _top_k_warper(processors: LogitsProcessorList) -> TopKWarper | None:
+    """The short form of `processors` where they are exactly temperature, top-k and top-p, in transformers' order."""
+    order = [lp.TemperatureLogitsWarper, lp.TopKLogitsWarper, lp.TopPLogitsWarper]
+    types = [type(p) for p in processors]
+    if lp.TopKLogitsWarper not in types or types != [t for t in order if t in types]:
+        return None
+    if any(getattr(p, "filter_value", -torch.inf) != -torch.inf for p in processors):
+        return None
+    if any(getattr(p, "min_tokens_to_keep", 1) != 1 for p in processors):
+        return None
+    by_type = dict(zip(types, processors, strict=True))
+    temperature, top_k, top_p = (by_type.get(t) for t in order)
+    return TopKWarper(
+        temperature=1.0 if temperature is None else float(temperature.temperature),
+        top_k=top_k.top_k,
+        top_p=1.0 if top_p is None else float(top_p.top_p),
+    )
+
+
+def _copy_processor(processor: LogitsProcessor) -> LogitsProcessor | None:
+    if any(isinstance(value, nn.Module) for value in vars(processor).values()):
+        return None
+    try:
+        return copy.deepcopy(processor)
+    except Exception:  # whatever a user's class raises: it cannot be copied, and that is all we need to know
+        return None
