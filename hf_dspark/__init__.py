@@ -1,8 +1,9 @@
 """DSpark speculative decoding for Hugging Face transformers: `target.generate(..., assistant_model=draft)`.
 
-Importing this package wraps `GenerationMixin.generate` once (see `door.py`); calls without a DSpark draft pass through.
+Importing this package wraps `GenerationMixin.generate` once (`door.py`); calls without a DSpark draft pass through.
 """
 
+from .comparison import compare
 from .configuration_dspark import DSparkConfig
 from .draft import draft_block
 from .modeling_dspark import DSparkDraftModel
@@ -20,5 +21,6 @@ __all__ = [
     "GenerationStats",
     "RoundRecord",
     "__version__",
+    "compare",
     "draft_block",
 ]

@@ -1,8 +1,62 @@
-"""Step 5, accept: the longest accepted prefix and the law of the token after it (paper section 2.1). Pure, batched."""
+"""Step 5, accept: the longest accepted prefix and the law of the token after it (paper section 2.1). Batched.
+
+`choose_tokens` applies the call's rule to the target's logits; `accept_prefix` and `accept_greedy` are the pure part.
+"""
 
 import torch
 
-from .state import Acceptance, Distribution
+from .sampling import SamplingRule, process_scores
+from .state import Acceptance, Choice, Distribution, DraftBlock
+
+
+def choose_tokens(
+    rule: SamplingRule,
+    input_ids: torch.Tensor,  # [B, n]  committed tokens
+    logits: torch.Tensor,  # [B, L+1, V]  the target's, raw
+    draft_ids: torch.Tensor,  # [B, L]
+    block: DraftBlock | None,  # where draft_ids come from; None for L = 0
+    eos_ids: torch.Tensor | None,
+) -> Choice:
+    """Accepted tokens and the target's own next one, by `rule`."""
+    length = draft_ids.shape[1]
+    candidate_ids = torch.cat([input_ids, draft_ids], dim=1)
+
+    def process(accepts) -> torch.Tensor:
+        def goes_on(i: int, row: torch.Tensor) -> bool:
+            accepted = accepts(i, row)
+            if eos_ids is not None:
+                accepted = accepted & ~torch.isin(draft_ids[:, i], eos_ids)
+            # One synchronisation a token: such a processor must not be called for a token that is not emitted.
+            return accepted.all().tolist()
+
+        return process_scores(rule, candidate_ids, logits, goes_on if rule.is_stateful else None)
+
+    if not rule.do_sample:
+        scores = process(lambda i, row: row.argmax(-1) == draft_ids[:, i])
+        target_ids = scores.argmax(-1)
+        return Choice(target_ids, accept_greedy(draft_ids, target_ids), scores)
+
+    uniforms = rule.uniforms(draft_ids)
+    draft_law = Distribution(logits[:, :0]) if block is None else block.distribution.narrow(length)
+    target_law, scores = rule.sparse_distribution(logits, exact=True), None
+    if target_law is None:
+
+        def accepts(i: int, row: torch.Tensor) -> torch.Tensor:
+            token = draft_ids[:, i, None]
+            bound = uniforms[:, i, None] * draft_law.probs[:, i].gather(-1, token)
+            return (bound < row.softmax(-1).gather(-1, token)).squeeze(-1)
+
+        scores = process(accepts)
+        target_law = Distribution(scores.softmax(-1))
+    columns, draft_probs, target_probs = on_common_support(draft_ids, draft_law, target_law, logits.shape[-1])
+    acceptance = accept_prefix(columns, draft_probs, target_probs, uniforms)
+    num_accepted = acceptance.num_accepted
+    next_ids = rule.draw(acceptance.next_probs).unsqueeze(-1)
+    if target_law.support_ids is not None:
+        next_ids = _row(target_law.support_ids, num_accepted).gather(-1, next_ids)
+    is_drafted = torch.arange(length + 1, device=logits.device) < num_accepted.unsqueeze(-1)
+    token_ids = torch.where(is_drafted, torch.cat([draft_ids, next_ids], dim=1), next_ids)
+    return Choice(token_ids, num_accepted, scores)
 
 
 def accept_prefix(
@@ -16,17 +70,17 @@ def accept_prefix(
     The comparison is strict, so a uniform of exactly 0 never accepts a token the target gives probability 0.
     Where the residual (p_target - p_draft)+ has no mass (equal laws up to rounding), the target's law is used.
     """
+    length = draft_ids.shape[1]
+    if length == 0:
+        return Acceptance(draft_ids.new_zeros(draft_ids.shape[0]), target_probs[:, 0])
     tokens = draft_ids.unsqueeze(-1)
     kept = uniforms * draft_probs.gather(-1, tokens).squeeze(-1) < target_probs[:, :-1].gather(-1, tokens).squeeze(-1)
     num_accepted = kept.long().cumprod(-1).sum(-1)
-
-    row = num_accepted.view(-1, 1, 1).expand(-1, 1, target_probs.shape[-1])
-    target_row = target_probs.gather(1, row).squeeze(1)
-    # After full acceptance nothing is subtracted: the bonus token comes from the target's own last row.
-    padded = torch.cat([draft_probs, torch.zeros_like(target_probs[:, :1])], dim=1)
-    residual = (target_row - padded.gather(1, row).squeeze(1)).clamp_min(0)
+    target_row = _row(target_probs, num_accepted)
+    residual = (target_row - _row(draft_probs, num_accepted.clamp_max(length - 1))).clamp_min(0)
     mass = residual.sum(-1, keepdim=True)
-    from_residual = (num_accepted < draft_ids.shape[1]).unsqueeze(-1) & (mass > 0)
+    # After full acceptance nothing is subtracted: the bonus token comes from the target's own last row.
+    from_residual = (num_accepted < length).unsqueeze(-1) & (mass > 0)
     return Acceptance(num_accepted, torch.where(from_residual, residual / mass, target_row))
 
 
@@ -62,6 +116,11 @@ def on_common_support(
     columns = torch.where(hit.any(-1), hit.long().argmax(-1), ids.shape[-1])
     target_probs = torch.cat([target.probs, torch.zeros_like(target.probs[..., :1])], dim=-1)
     return columns, torch.cat([draft_probs, outside], dim=-1), target_probs
+
+
+def _row(probs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Row `index` [B] of `probs` [B, L, K], as [B, K]."""
+    return probs.gather(1, index.view(-1, 1, 1).expand(-1, 1, probs.shape[-1])).squeeze(1)
 
 
 def _dense(distribution: Distribution, vocab_size: int) -> torch.Tensor:

@@ -7,14 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.utils import logging
 
 from .draft import draft_block
 from .features import FeatureTap
+from .rollback import drop_last
 from .sampling import SamplingRule
 from .schedule import ConfidenceThreshold, FixedLength
 from .state import Distribution, DraftBlock, DraftContext, RoundRecord
+
+logger = logging.get_logger(__name__)
 
 
 class DSparkCandidateGenerator(CandidateGenerator):
@@ -48,43 +52,54 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.tap = tap
         self.context = context
         self.rounds: list[RoundRecord] = []  # of transformers' loop; ours keeps its own
-        self._scores: list[torch.Tensor] = []
-        self._last: tuple[DraftBlock, int] | None = None
+        self._scores: list[torch.Tensor] = []  # processed draft scores of the last block, one [B, V] a position
+        self._last: tuple[DraftBlock | None, int] = (None, 0)  # what transformers' loop verifies now
 
     @property
     def model_kwargs_overrides(self) -> dict[str, Any]:
         """What the target's forwards need for the capture of features."""
         return self.tap.forward_kwargs
 
-    def observe(self, features: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor | None = None) -> None:
-        """Hand over features [1, new, m*H] of newly committed positions; `keep` [1, new] leaves padding out."""
-        self.context.target_length += features.shape[1]
-        position_ids = position_ids.to(features.device)
-        if keep is not None:
-            keep = keep[0].bool().to(features.device)
-            features, position_ids = features[:, keep], position_ids[:, keep]
+    def observe_prompt(self, features: torch.Tensor, model_kwargs: dict[str, Any], *, num_ahead: int = 0) -> None:
+        """Hand over the prefill's features [1, S, m*H]; padding among them is left out.
+
+        `num_ahead`: tokens behind the prefill that `model_kwargs` already cover.
+        """
+        num_new = features.shape[1]
+        window = slice(-num_new - num_ahead, -num_ahead or None)
+        mask = model_kwargs.get("attention_mask")
+        position_ids = _position_ids(model_kwargs)
+        if position_ids is None:
+            start = self.context.target_length
+            position_ids = torch.arange(start, start + num_new + num_ahead).unsqueeze(0)
+        position_ids = position_ids[:, window].to(features.device)
+        if mask is not None:
+            kept = mask[0, window].bool().to(features.device)
+            features, position_ids = features[:, kept], position_ids[:, kept]
+        self.context.target_length += num_new
         self.context.add(features, position_ids)
 
-    def num_tokens(self, length: int) -> int:
-        """Tokens to draft after `length` committed ones: the bonus token always has room, too."""
-        limit = self.draft.config.block_size if self.schedule.num_tokens is None else self.schedule.num_tokens
-        return max(0, min(self.draft.config.block_size, limit, self.max_length - length - 1))
+    def observe(self, features: torch.Tensor) -> None:
+        """Hand over features [1, new, m*H] of the positions the last round committed."""
+        self.context.target_length += features.shape[1]
+        self.context.add(features, self.context.next_positions(features.shape[1]))
 
     def propose(self, input_ids: torch.Tensor) -> DraftBlock | None:
         """Draft a block after `input_ids` [1, n]; None where there is nothing to draft."""
-        num_tokens = self.num_tokens(input_ids.shape[1])
-        if num_tokens == 0:
+        block_size = self.draft.config.block_size
+        limit = block_size if self.schedule.num_tokens is None else self.schedule.num_tokens
+        num_tokens = min(block_size, limit, self.max_length - input_ids.shape[1] - 1)  # room for the bonus token
+        if num_tokens < 1:
             return None
-        device = self.draft.device
+        block_positions = self.context.next_positions(block_size)
         features, positions = self.context.take()
-        ahead = torch.arange(1, self.draft.config.block_size + 1, device=positions.device)
-        positions = torch.cat([positions, positions[:, -1:] + ahead], dim=1)
+        device = self.draft.device
         return draft_block(
             self.draft,
             features.to(device),
             input_ids[:, -1].to(device),
             self.context.cache,
-            position_ids=positions.to(device),
+            position_ids=torch.cat([positions, block_positions], dim=1).to(device),
             num_tokens=num_tokens,
             sampler=self._sampler(input_ids),
         )
@@ -93,7 +108,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         """How many tokens of the block the target should read."""
         if not self.schedule.needs_confidence:
             return block.token_ids.shape[1]
-        # The width of the verification is a shape: the host must know it. One synchronisation a round.
+        # The width of the verification is a shape, which the host must know: one synchronisation a round.
         return self.schedule(block.confidence).tolist()[0]
 
     def get_candidates(
@@ -109,20 +124,19 @@ class DSparkCandidateGenerator(CandidateGenerator):
 
         The first iteration drafts nothing: there the loop runs the target on the prompt, whose features come next.
         """
-        self._last = None
+        self._last = (None, 0)
         if is_first_iteration:
             return input_ids, None
         features = self.tap.take(model_outputs)
-        is_prompt = self.context.target_length == 0
-        num_new = input_ids.shape[1] - 1 if is_prompt else int(n_last_matches) + 1
-        mask = model_kwargs.get("attention_mask")
-        positions = committed_positions(model_kwargs, input_ids.shape[1])[:, -num_new - 1 : -1]
-        self.observe(features[:, :num_new], positions, mask[:, -num_new - 1 : -1] if mask is not None else None)
+        if self.context.target_length == 0:
+            self.observe_prompt(features, model_kwargs, num_ahead=1)
+        else:
+            self.observe(features[:, : int(n_last_matches) + 1])
         block = self.propose(input_ids)
         if block is None:
             return input_ids, None
         length = self.verify_length(block)
-        self._last = block, length
+        self._last = (block, length)
         if length == 0:
             return input_ids, None
         candidate_ids = torch.cat([input_ids, block.token_ids[:, :length].to(input_ids.device)], dim=1)
@@ -130,18 +144,9 @@ class DSparkCandidateGenerator(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Record the round; transformers' loop calls this after each verification, the prompt's included."""
-        if self.context.target_length == 0:
-            return
-        block, length = self._last or (None, 0)
-        self.rounds.append(
-            RoundRecord(
-                draft_ids=None if block is None else block.token_ids,
-                emitted_ids=input_ids[:, -int(num_matches) - 1 :],
-                verify_length=length,
-                num_accepted=int(num_matches),
-                confidence_probs=None if block is None else block.confidence,
-            )
-        )
+        if self.context.target_length > 0:
+            block, length = self._last
+            self.rounds.append(RoundRecord.of(block, length, int(num_matches), input_ids[:, -int(num_matches) - 1 :]))
 
     def _sampler(self, input_ids: torch.Tensor):
         """The rule on one position's draft logits, with the prefix that ends in the tokens drafted before it."""
@@ -152,7 +157,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
             logits = logits.to(input_ids.device)
             law = rule.sparse_distribution(logits.unsqueeze(1), exact=False)
             if law is not None:
-                column = rule.draw(law.probs[:, 0])
+                column = rule.draw_drafted(law.probs[:, 0])
                 return law.support_ids[:, 0].gather(-1, column.unsqueeze(-1)).squeeze(-1), law
             if len(processors):
                 prefix = torch.cat([input_ids, drafted_ids.to(input_ids.device)], dim=1)
@@ -161,7 +166,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
             if not rule.do_sample:
                 return logits.argmax(-1), None
             probs = logits.softmax(-1)
-            return rule.draw(probs), Distribution(probs.unsqueeze(1))
+            return rule.draw_drafted(probs), Distribution(probs.unsqueeze(1))
 
         return sample
 
@@ -173,15 +178,18 @@ class DSparkCandidateGenerator(CandidateGenerator):
         return outside.scatter(-1, law.support_ids, law.probs.log())
 
 
-def committed_positions(model_kwargs: dict[str, Any], length: int) -> torch.Tensor:
-    """True positions [1, length] of the sequence so far, its anchor included."""
-    position_ids = model_kwargs.get("position_ids")
-    if position_ids is not None:
-        return position_ids if position_ids.ndim == 2 else position_ids[0]
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None:
-        return (mask.long().cumsum(-1) - 1).clamp_min(0)
-    return torch.arange(length).unsqueeze(0)
+def context_of(draft: PreTrainedModel, cache: Cache, past_length: int) -> DraftContext:
+    """The draft's context for a target cache that holds `past_length` positions: the last turn's, or a new one."""
+    context = draft.contexts.get(cache)
+    if context is not None and _rewind(context, past_length):
+        return context
+    if past_length > 0:
+        logger.warning_once(
+            "This cache was filled without this draft, so the draft knows nothing of what it holds and reads the "
+            "sequence from its first new token on. The output is the same; fewer tokens are accepted at first."
+        )
+    draft.contexts[cache] = DraftContext(draft.new_cache(), target_length=past_length)
+    return draft.contexts[cache]
 
 
 @contextmanager
@@ -192,3 +200,30 @@ def in_transformers_loop(target: PreTrainedModel, generator: DSparkCandidateGene
         yield
     finally:
         del target._get_candidate_generator
+
+
+def _position_ids(model_kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Positions [1, n] of the whole sequence so far; None where generate() did not need to prepare any."""
+    position_ids = model_kwargs.get("position_ids")
+    if position_ids is not None:
+        return position_ids if position_ids.ndim == 2 else position_ids[0]
+    mask = model_kwargs.get("attention_mask")
+    return None if mask is None else (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def _rewind(context: DraftContext, past_length: int) -> bool:
+    """Bring a kept context back to `past_length` target positions; False where it does not reach or cannot go back."""
+    surplus = context.target_length - past_length
+    if surplus == 0:
+        return True
+    pending = sum(part.shape[1] for part in context.features)
+    if surplus < 0 or surplus > pending + context.cache.get_seq_length():
+        return False
+    if pending:
+        features, positions = context.take()
+        if pending > surplus:
+            context.add(features[:, :-surplus], positions[:, :-surplus])
+    if surplus > pending:
+        drop_last(context.cache, surplus - pending)
+    context.target_length = past_length
+    return True

@@ -72,7 +72,7 @@ class DSparkConfig(PreTrainedConfig):
         taps = self.target_layer_ids
         if not taps or min(taps) < -1 or taps != sorted(set(taps)):
             raise ValueError(
-                f"`target_layer_ids` must be strictly increasing layer numbers from 0 (-1: the embedding), got {taps}. "
+                f"`target_layer_ids` must be strictly increasing layers from 0 (-1: the embedding), got {taps}. "
                 "They are part of the trained draft: take them from its model card."
             )
         if self.num_target_layers is not None and max(taps) >= self.num_target_layers:
@@ -91,7 +91,7 @@ class DSparkConfig(PreTrainedConfig):
             raise ValueError(f"`markov_head_type` must be one of {MARKOV_HEAD_TYPES}, got {self.markov_head_type!r}.")
         if self.enable_confidence_head and self.confidence_head_with_markov and self.markov_rank == 0:
             raise ValueError(
-                "`confidence_head_with_markov` is True, but a draft of `markov_rank` 0 has no Markov embedding to read. "
+                "`confidence_head_with_markov` is True, but `markov_rank` 0 has no Markov embedding to read. "
                 "Set it to False, or give the draft a sequential head."
             )
 

@@ -1,17 +1,55 @@
-"""The user's door: generate(assistant_model=draft) becomes a public custom_generate=<callable> call.
+"""The user's two doors: generate(assistant_model=draft), and the unpatched custom_generate=draft.as_custom_generate().
 
-The only patch of transformers: `GenerationMixin.generate` is wrapped once. Calls without a DSpark draft pass through.
+The first is the only patch of transformers: `GenerationMixin.generate` is wrapped once, and rewrites a call that has a
+draft for `assistant_model` into the public form of the second. All other calls pass through.
 """
 
 import functools
 import inspect
+import warnings
+from collections.abc import Callable
 from typing import Any
 
-from transformers import GenerationConfig, GenerationMixin
+import torch
+from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from .compat import rename_cache_argument
 
+# Arguments of generate() that only a draft understands.
 _OUR_ARGUMENTS = ("schedule", "generator")
+
+
+class UnpatchedDoor:
+    """Gives a draft `as_custom_generate`."""
+
+    def as_custom_generate(
+        self,
+        *,
+        streamer=None,
+        stop_strings: str | list[str] | None = None,
+        tokenizer=None,
+        schedule=None,
+        generator: torch.Generator | None = None,
+        loop: str = "dspark",
+    ) -> Callable:
+        """A callable for `target.generate(..., custom_generate=...)`: the same loop without the patched door.
+
+        generate() hands no `streamer`, `tokenizer` or `stop_strings` to such a callable, so they are given here.
+        `loop="transformers"` runs transformers' own assisted loop with our candidates: batch 1, and within its limits.
+        """
+        criterion = None if stop_strings is None else _stop_string_criterion(stop_strings, tokenizer)
+        decode = _decoding_method(self, streamer=streamer, schedule=schedule, generator=generator, loop=loop)
+
+        def decode_from_prompt(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+        ):
+            if criterion is not None:
+                stopping_criteria.append(criterion)
+            if streamer is not None:  # generate() puts the prompt only to a streamer of its own
+                streamer.put(input_ids.cpu())
+            return decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+
+        return decode_from_prompt
 
 
 def install() -> None:
@@ -44,29 +82,43 @@ def _with_draft(target, draft, arguments: dict[str, Any]) -> dict[str, Any]:
     bound |= {"streamer": arguments.get("streamer"), "synced_gpus": bool(arguments.get("synced_gpus"))}
     stop_strings = _generation_parameter(target, arguments, "stop_strings")
     if stop_strings is not None:
-        # generate() would build this criterion, but it hands no tokenizer to a callable and then refuses.
-        from transformers import StoppingCriteriaList, StopStringCriteria
-
-        if tokenizer is None:
-            raise ValueError("`stop_strings` are compared with text: pass `tokenizer=` to generate(), too.")
+        # generate() would build this criterion itself, but it hands no tokenizer to a callable and then refuses.
         criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or [])
-        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+        criteria.append(_stop_string_criterion(stop_strings, tokenizer))
         arguments |= {"stopping_criteria": criteria, "stop_strings": None}
+    return arguments | {"custom_generate": _decoding_method(draft, **bound)}
+
+
+def _decoding_method(draft, *, streamer=None, **bound: Any) -> Callable:
+    """`draft.speculative_decode` in the form generate() calls, with beam search left to transformers."""
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        return draft.speculative_decode(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, **bound, **model_kwargs
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if generation_config.num_beams == 1:
+            return draft.speculative_decode(model, *arguments, streamer=streamer, **bound, **model_kwargs)
+        if streamer is not None:
+            raise ValueError("`streamer` cannot be used with beam search: set `num_beams` to 1 or leave it out.")
+        warnings.warn(
+            f"`num_beams={generation_config.num_beams}`: beam search takes no draft, so this call runs "
+            "transformers' plain beam search.",
+            stacklevel=4,
         )
+        return type(model)._beam_search(model, *arguments, **model_kwargs)
 
-    return arguments | {"custom_generate": decode}
+    return decode
+
+
+def _stop_string_criterion(stop_strings: str | list[str], tokenizer) -> StopStringCriteria:
+    if tokenizer is None:
+        raise ValueError("`stop_strings` are compared with text: pass `tokenizer=`, too.")
+    return StopStringCriteria(tokenizer, stop_strings)
 
 
 def _generation_parameter(target, arguments: dict[str, Any], name: str) -> Any:
     """The value generate() would use: its own argument, else the call's generation config, else the target's."""
     if name in arguments:
         return arguments[name]
-    config: GenerationConfig | None = arguments.get("generation_config")
-    value = getattr(config, name, None)
+    value = getattr(arguments.get("generation_config"), name, None)
     return value if value is not None else getattr(target.generation_config, name, None)
 
 

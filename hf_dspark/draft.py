@@ -1,4 +1,4 @@
-"""Step 2, draft: anchor and masks through the backbone once, then the block sampled left to right (paper section 2)."""
+"""Step 2, draft: anchor and masks through the backbone once, then the block is sampled left to right (section 2)."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from transformers import Cache
 from .rollback import drop_last
 from .state import Distribution, DraftBlock
 
-# (draft logits [B, V], tokens drafted before [B, k]) -> (token ids [B], the law they were drawn from [B, 1, K] or None)
+# (draft logits [B, V], tokens drafted before [B, k]) -> token ids [B], and the law [B, 1, K] they were drawn from
 Sampler = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, Distribution | None]]
 
 

@@ -1,36 +1,30 @@
 """The loop: prefill, then rounds of draft, schedule, verify, accept, roll back. The only file that knows their order.
 
-Also the only one with clocks, and with the device synchronisations of a round; each says why it is there.
+Also the only one with clocks, and the owner of a round's device synchronisations; each says why it is there.
 """
 
 import time
-import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
-from transformers import StoppingCriteriaList
-from transformers.generation import stopping_criteria as criteria_types
+from transformers.generation import stopping_criteria as sc
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
-from .accept import accept_greedy, accept_prefix, on_common_support
-from .candidate_generator import DSparkCandidateGenerator, committed_positions, in_transformers_loop
-from .compat import CACHE, get_cache
+from .accept import choose_tokens
+from .candidate_generator import DSparkCandidateGenerator, context_of, in_transformers_loop
+from .compat import CACHE
 from .features import FeatureTap
 from .rollback import cut_to_length, drop_last, recording_past, why_not_reversible
-from .sampling import SamplingRule, process_scores
+from .sampling import SamplingRule
 from .schedule import ConfidenceThreshold, FixedLength, schedule_from
-from .state import Decision, DecodeState, Distribution, DraftBlock, DraftContext, GenerationStats, RoundRecord
-from .state import Verification
-from .verify import attentions_of_token, read_verification, states_of_token, verify_block
+from .state import Decision, DecodeState, DraftBlock, DraftContext, GenerationStats, RoundRecord, Verification
+from .verify import extras_of_tokens, read_verification, verify_block
 
 logger = logging.get_logger(__name__)
-
-Schedule = FixedLength | ConfidenceThreshold
 
 
 @dataclass
@@ -42,45 +36,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
 
 class SpeculativeDecoding:
-    """Gives a draft model `speculative_decode` and the unpatched door to it, `as_custom_generate`."""
-
-    def as_custom_generate(
-        self,
-        *,
-        streamer=None,
-        stop_strings: str | list[str] | None = None,
-        tokenizer=None,
-        schedule: Schedule | None = None,
-        generator: torch.Generator | None = None,
-        loop: str = "dspark",
-    ) -> Callable:
-        """A callable for `target.generate(..., custom_generate=...)`: the same loop without the patched door.
-
-        generate() hands no `streamer`, `tokenizer` or `stop_strings` to such a callable, so they are given here.
-        `loop="transformers"` runs transformers' own assisted loop with our candidates: batch 1, and within its limits.
-        """
-        if stop_strings is not None and tokenizer is None:
-            raise ValueError("`stop_strings` are compared with text: pass `tokenizer=`, too.")
-
-        def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-            if stop_strings is not None:
-                stopping_criteria.append(criteria_types.StopStringCriteria(tokenizer, stop_strings))
-            if streamer is not None:  # generate() puts the prompt only to a streamer of its own
-                streamer.put(input_ids.cpu())
-            return self.speculative_decode(
-                model,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer=streamer,
-                schedule=schedule,
-                generator=generator,
-                loop=loop,
-                **model_kwargs,
-            )
-
-        return decode
+    """Gives a draft model `speculative_decode`, the decoding method behind both doors."""
 
     @torch.no_grad()
     def speculative_decode(
@@ -88,12 +44,12 @@ class SpeculativeDecoding:
         target: PreTrainedModel,
         input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
+        stopping_criteria: sc.StoppingCriteriaList,
         generation_config: GenerationConfig,
         *,
         streamer=None,
         synced_gpus: bool = False,
-        schedule: Schedule | None = None,
+        schedule: FixedLength | ConfidenceThreshold | None = None,
         generator: torch.Generator | None = None,
         loop: str = "dspark",
         **model_kwargs: Any,
@@ -105,9 +61,6 @@ class SpeculativeDecoding:
         """
         if loop not in ("dspark", "transformers"):
             raise ValueError(f'`loop` must be "dspark" (the default) or "transformers", got {loop!r}.')
-        arguments = (target, input_ids, logits_processor, stopping_criteria, generation_config)
-        if generation_config.num_beams > 1:
-            return _beam_search(*arguments, streamer, model_kwargs)
         _check_request(target, input_ids, synced_gpus)
         self.bind_target(target)
         if schedule is None:
@@ -118,22 +71,10 @@ class SpeculativeDecoding:
                 f"{schedule} needs a confidence head, and this draft has none. Use FixedLength, or set "
                 "`draft.generation_config.assistant_confidence_threshold` to None."
             )
+        arguments = (target, input_ids, logits_processor, stopping_criteria, generation_config)
         call = _Call(self, *arguments, schedule=schedule, generator=generator)
         run = call.run if loop == "dspark" else call.run_in_transformers
         return run(model_kwargs, streamer)
-
-    def context_of(self, cache: Cache, past_length: int) -> DraftContext:
-        """The draft's context for a target cache that holds `past_length` positions: a new one, or the last turn's."""
-        context = self._contexts.get(cache)
-        if context is not None and _rewind(context, past_length):
-            return context
-        if past_length > 0:
-            logger.warning_once(
-                "This cache was filled without this draft, so the draft knows nothing of what it holds and reads the "
-                "sequence from its first new token on. The output is the same; fewer tokens are accepted at first."
-            )
-        self._contexts[cache] = DraftContext(self.new_cache(), target_length=past_length)
-        return self._contexts[cache]
 
 
 class _Call:
@@ -142,18 +83,18 @@ class _Call:
     def __init__(self, draft, target, input_ids, processors, criteria, config, *, schedule, generator):
         self.draft, self.target, self.input_ids = draft, target, input_ids
         self.criteria, self.config, self.schedule = criteria, config, schedule
-        wants = {name: bool(config.return_dict_in_generate and getattr(config, f"output_{name}")) for name in _EXTRAS}
-        self.wants = wants
+        names = ("scores", "logits", "hidden_states", "attentions")
+        asked = [name for name in names if getattr(config, f"output_{name}")]
+        self.extras = asked if config.return_dict_in_generate else []
         self.rule = SamplingRule(
-            processors, do_sample=config.do_sample, generator=generator, keep_scores=wants["scores"]
+            processors, do_sample=config.do_sample, generator=generator, keep_scores="scores" in self.extras
         )
-        lengths = [c.max_length for c in criteria if type(c) is criteria_types.MaxLengthCriteria]
+        lengths = [c.max_length for c in criteria if type(c) is sc.MaxLengthCriteria]
         self.max_length = min(lengths, default=config.max_length)
-        eos = [c.eos_token_id for c in criteria if type(c) is criteria_types.EosTokenCriteria]
+        eos = [c.eos_token_id for c in criteria if type(c) is sc.EosTokenCriteria]
         self.eos_ids = torch.cat(eos).to(input_ids.device) if eos else None
         # Length and EOS are decided on the device; any other criterion is asked for every prefix.
-        known = (criteria_types.MaxLengthCriteria, criteria_types.EosTokenCriteria)
-        self.has_other_criteria = any(type(c) not in known for c in criteria)
+        self.has_other_criteria = len(lengths) + len(eos) < len(criteria)
         self.watch = _Stopwatch(target.device)
 
     def run(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
@@ -162,20 +103,20 @@ class _Call:
         cache = _ensure_cache(self.target, model_kwargs)
         self._check_cache(cache, before_prefill=True)
         state = DecodeState(self.input_ids, model_kwargs, cache_length=cache.get_seq_length())
-        tap = self._tap()
-        candidates = self._candidates(tap, self.draft.context_of(cache, state.cache_length))
-        with self.watch.part("total"), tap:
+        state.extras = {name: [] for name in self.extras}
+        candidates = self._candidates(context_of(self.draft, cache, state.cache_length))
+        with self.watch.part("total"), candidates.tap:
             with self.watch.part("prefill"):
                 outputs = self.target._prefill(
                     self.input_ids,
                     self.config,
-                    model_kwargs | tap.forward_kwargs,
+                    model_kwargs | candidates.tap.forward_kwargs,
                     is_first_iteration=not self.config.is_assistant,
                 )
             self._check_cache(cache)
             with recording_past(cache):
                 try:
-                    self._commit_prefill(state, candidates, outputs, streamer)
+                    self._first_token(state, candidates, outputs, streamer)
                     while not state.finished:
                         self._round(state, candidates, cache, streamer)
                 finally:  # also after a streamer or a criterion raised
@@ -184,156 +125,78 @@ class _Call:
             streamer.end()
         return self._finish(state, cache if returns_cache else None)
 
-    def _commit_prefill(self, state: DecodeState, candidates, outputs: Any, streamer) -> None:
-        """The prompt's features to the draft, and the first token, which the target alone decides."""
+    def _first_token(self, state: DecodeState, candidates, outputs: Any, streamer) -> None:
+        """The prompt's features go to the draft; its next token is the target's alone."""
         features = candidates.tap.take(outputs)
-        new = slice(-features.shape[1], None)
+        candidates.observe_prompt(features, state.model_kwargs)
         state.cache_length += features.shape[1]
-        positions = committed_positions(state.model_kwargs, state.cache_length)
-        mask = state.model_kwargs.get("attention_mask")
-        candidates.observe(features, positions[:, new], None if mask is None else mask[:, new])
         verification = read_verification(outputs, 0, state.input_ids.device)
-        decision = self._decide(state, verification, None, 0)
-        self._commit(state, verification, decision, num_rows=None)
-        _stream(streamer, decision, num_accepted=0)
+        decision = self._decide(state, verification, state.input_ids[:, :0], None)
+        self._commit(state, verification, decision, is_prefill=True)
+        _stream(streamer, decision)
 
-    def _round(self, state: DecodeState, candidates, cache: Cache, streamer) -> None:
+    def _round(self, state: DecodeState, candidates: DSparkCandidateGenerator, cache: Cache, streamer) -> None:
         with self.watch.part("draft"):
             block = candidates.propose(state.input_ids)
             verify_length = 0 if block is None else candidates.verify_length(block)
-        with self.watch.part("verify"):
-            draft_ids = state.input_ids[:, :0] if block is None else block.token_ids[:, :verify_length]
-            draft_ids = draft_ids.to(state.input_ids.device)
-            verification = verify_block(self.target, state, draft_ids, candidates.tap)
-        decision = self._decide(state, verification, block, verify_length)
-        kept = decision.emitted_ids.shape[
-            1
-        ]  # the anchor and the accepted tokens; the last emitted one is not read yet
-        drop_last(cache, verify_length + 1 - kept)
-        state.cache_length += kept
-        features = candidates.tap.take(verification.outputs)[:, :kept]
-        positions = committed_positions(state.model_kwargs, state.cache_length)[:, -1:]
-        self._commit(state, verification, decision, num_rows=verify_length + 1)
-        candidates.observe(features, positions + torch.arange(kept, device=positions.device))
-        state.rounds.append(
-            RoundRecord(
-                draft_ids=None if block is None else block.token_ids,
-                emitted_ids=decision.emitted_ids,
-                verify_length=verify_length,
-                num_accepted=decision.num_accepted,
-                confidence_probs=None if block is None else block.confidence,
-            )
-        )
-        _stream(streamer, decision, decision.num_accepted)
-
-    def _decide(
-        self, state: DecodeState, verification: Verification, block: DraftBlock | None, verify_length: int
-    ) -> Decision:
-        """Accept, add the target's token, and stop where plain generate() would: all that leaves the device."""
         draft_ids = state.input_ids[:, :0] if block is None else block.token_ids[:, :verify_length]
         draft_ids = draft_ids.to(state.input_ids.device)
-        choose = self._choose_sampled if self.config.do_sample else self._choose_greedy
-        emitted, num_accepted, scores = choose(state, verification.logits, draft_ids, block)
-        column = torch.arange(verify_length + 1, device=emitted.device)
+        with self.watch.part("verify"):
+            verification = verify_block(self.target, state, draft_ids, candidates.tap)
+        decision = self._decide(state, verification, draft_ids, block)
+        # The target read the anchor and the drafted tokens; the last token emitted is the next anchor, not read yet.
+        num_read = decision.emitted_ids.shape[1]
+        drop_last(cache, verify_length + 1 - num_read)
+        state.cache_length += num_read
+        candidates.observe(candidates.tap.take(verification.outputs)[:, :num_read])
+        self._commit(state, verification, decision)
+        state.rounds.append(RoundRecord.of(block, verify_length, decision.num_accepted, decision.emitted_ids))
+        _stream(streamer, decision)
+
+    def _decide(
+        self, state: DecodeState, verification: Verification, draft_ids: torch.Tensor, block: DraftBlock | None
+    ) -> Decision:
+        """Accept, add the target's own token, and stop where plain generate() would."""
+        choice = choose_tokens(self.rule, state.input_ids, verification.logits, draft_ids, block, self.eos_ids)
+        tokens, num_accepted = choice.token_ids, choice.num_accepted
         num_emitted = num_accepted + 1
-        at_eos = torch.zeros_like(num_accepted, dtype=torch.bool)
+        at_eos = torch.zeros_like(num_accepted)
         if self.eos_ids is not None:
-            is_eos = torch.isin(emitted, self.eos_ids) & (column <= num_accepted.unsqueeze(-1))
-            at_eos = is_eos.any(-1)
-            num_emitted = torch.where(at_eos, is_eos.long().argmax(-1) + 1, num_emitted)
+            column = torch.arange(tokens.shape[1], device=tokens.device)
+            is_eos = torch.isin(tokens, self.eos_ids) & (column <= num_accepted.unsqueeze(-1))
+            at_eos = is_eos.any(-1).long()
+            num_emitted = torch.where(at_eos > 0, is_eos.long().argmax(-1) + 1, num_emitted)
         # The one synchronisation of every round: shapes and the end of the loop depend on these three numbers.
-        accepted, kept, finished = torch.cat([num_accepted, num_emitted, at_eos.long()]).tolist()
-        emitted = emitted[:, :kept]
+        accepted, kept, finished = torch.cat([num_accepted, num_emitted, at_eos]).tolist()
         finished = bool(finished) or state.input_ids.shape[1] + kept >= self.max_length
         if self.has_other_criteria:
-            stop = self._first_stop(state, emitted, scores)
+            stop = self._first_stop(state, tokens[:, :kept], choice.scores)
             if stop is not None:
-                emitted, finished = emitted[:, :stop], True
-        return Decision(emitted, accepted, finished, scores)
+                kept, finished = stop, True
+        return Decision(tokens[:, :kept], accepted, finished, choice.scores)
 
-    def _choose_greedy(self, state, logits, draft_ids, block):
-        scores = self._process(state, logits, draft_ids, lambda i, row: row.argmax(-1) == draft_ids[:, i])
-        target_ids = scores.argmax(-1)
-        return target_ids, accept_greedy(draft_ids, target_ids), scores
-
-    def _choose_sampled(self, state, logits, draft_ids, block):
-        rule, scores = self.rule, None
-        uniforms = rule.uniforms(draft_ids)
-        law = rule.sparse_distribution(logits, exact=True)
-        draft_law = Distribution(logits[:, :0]) if block is None else block.distribution.narrow(draft_ids.shape[1])
-        if law is None:
-
-            def accepts(i: int, row: torch.Tensor) -> torch.Tensor:
-                token = draft_ids[:, i, None]
-                bound = uniforms[:, i, None] * draft_law.probs[:, i].gather(-1, token)
-                return bound < row.softmax(-1).gather(-1, token)
-
-            scores = self._process(state, logits, draft_ids, accepts)
-            law = Distribution(scores.softmax(-1))
-        columns, draft_probs, target_probs = on_common_support(draft_ids, draft_law, law, logits.shape[-1])
-        acceptance = accept_prefix(columns, draft_probs, target_probs, uniforms)
-        num_accepted = acceptance.num_accepted
-        next_ids = rule.draw(acceptance.next_probs).unsqueeze(-1)
-        if law.support_ids is not None:
-            row = num_accepted.view(-1, 1, 1).expand(-1, 1, law.support_ids.shape[-1])
-            next_ids = law.support_ids.gather(1, row).squeeze(1).gather(-1, next_ids)
-        is_accepted = torch.arange(logits.shape[1], device=logits.device) < num_accepted.unsqueeze(-1)
-        padded = torch.cat([draft_ids, next_ids], dim=1)
-        return torch.where(is_accepted, padded, next_ids), num_accepted, scores
-
-    def _process(self, state, logits, draft_ids, accepts):
-        """Processed scores; where a processor keeps a state, only of rows whose prefix is emitted."""
-
-        def goes_on(i: int, row: torch.Tensor) -> bool:
-            accepted = accepts(i, row)
-            if self.eos_ids is not None:
-                accepted = accepted & ~torch.isin(draft_ids[:, i], self.eos_ids)
-            # One synchronisation a token: such a processor must not be called for a token that is not emitted.
-            return accepted.all().tolist()
-
-        rule, candidate_ids = self.rule, torch.cat([state.input_ids, draft_ids], dim=1)
-        return process_scores(
-            rule.processors,
-            candidate_ids,
-            logits,
-            prefix_free=rule.is_prefix_free,
-            goes_on=goes_on if rule.is_stateful else None,
-        )
-
-    def _first_stop(self, state: DecodeState, emitted: torch.Tensor, scores: torch.Tensor | None) -> int | None:
-        """How many of `emitted` [1, m] plain generate() would have emitted; None: all, and it would go on."""
+    def _first_stop(self, state: DecodeState, tokens: torch.Tensor, scores: torch.Tensor | None) -> int | None:
+        """How many of `tokens` [1, m] plain generate() would have emitted; None: all, and it would go on."""
         verdicts = []
-        for count in range(1, emitted.shape[1] + 1):
-            prefix = torch.cat([state.input_ids, emitted[:, :count]], dim=1)
-            seen = (*state.scores, *scores[:, :count].unbind(1)) if self.wants["scores"] else None
-            verdicts.append(self.criteria(prefix, seen))
+        for count in range(1, tokens.shape[1] + 1):
+            seen = None
+            if "scores" in self.extras:
+                seen = (*state.extras["scores"], *scores[:, :count].unbind(1))
+            verdicts.append(self.criteria(torch.cat([state.input_ids, tokens[:, :count]], dim=1), seen))
         # One more synchronisation a round, only where the user gave criteria: they decide how much is emitted.
-        verdicts = torch.cat(verdicts).tolist()
-        return verdicts.index(True) + 1 if True in verdicts else None
+        stops = torch.cat(verdicts).tolist()
+        return stops.index(True) + 1 if True in stops else None
 
-    def _commit(self, state: DecodeState, verification, decision: Decision, num_rows: int | None) -> None:
-        """Make the emitted tokens part of the sequence; `num_rows` positions were verified (None: the prefill)."""
+    def _commit(
+        self, state: DecodeState, verification: Verification, decision: Decision, *, is_prefill: bool = False
+    ) -> None:
+        """Make the emitted tokens part of the sequence."""
         count = decision.emitted_ids.shape[1]
-        outputs = verification.outputs
-        if self.wants["scores"]:
-            state.scores += decision.scores[:, :count].unbind(1)
-        if self.wants["logits"]:
-            state.logits += verification.logits[:, :count].unbind(1)
-        if self.wants["hidden_states"]:
-            rows = (
-                [outputs.hidden_states]
-                if num_rows is None
-                else (states_of_token(outputs, i, num_rows) for i in range(count))
-            )
-            state.hidden_states += rows
-        if self.wants["attentions"]:
-            windows = [getattr(layer, "sliding_window", None) for layer in state.model_kwargs[CACHE].layers]
-            rows = (
-                [outputs.attentions]
-                if num_rows is None
-                else (attentions_of_token(outputs, i, num_rows, windows) for i in range(count))
-            )
-            state.attentions += rows
+        extras = extras_of_tokens(
+            self.extras, self.target, verification, decision.scores, count, is_prefill=is_prefill
+        )
+        for name, entries in extras.items():
+            state.extras[name] += entries
         state.input_ids = torch.cat([state.input_ids, decision.emitted_ids], dim=1)
         state.model_kwargs = self.target._update_model_kwargs_for_generation(
             ModelOutput(), state.model_kwargs, num_new_tokens=count
@@ -341,12 +204,10 @@ class _Call:
         state.finished = decision.finished
 
     def _finish(self, state: DecodeState, cache: Cache | None) -> torch.Tensor | SpeculativeOutput:
-        tokens = state.input_ids.shape[1] - self.input_ids.shape[1]
-        stats = GenerationStats.from_rounds(state.rounds, tokens, self.watch.seconds())
-        self.draft.last_stats = stats
+        stats = self._record(state.rounds, state.input_ids)
         if not self.config.return_dict_in_generate:
             return state.input_ids
-        extras = {name: tuple(getattr(state, name)) for name in _EXTRAS if self.wants[name]}
+        extras = {name: tuple(entries) for name, entries in state.extras.items()}
         return SpeculativeOutput(
             sequences=state.input_ids, **extras, **{CACHE: cache}, rounds=tuple(state.rounds), stats=stats
         )
@@ -358,8 +219,8 @@ class _Call:
             "a target whose state cannot be rolled back": getattr(self.target, "_is_stateful", False),
             "`use_cache=False`": cache is None,
             "a cache that is already filled": cache is not None and cache.get_seq_length() > 0,
-            "stop strings, `max_time` and other stopping criteria": self.has_other_criteria,
-            "processors that keep a state": self.rule.is_stateful,
+            "stop strings, `max_time` or other stopping criteria": self.has_other_criteria,
+            "logits processors that keep a state": self.rule.is_stateful,
             "`output_hidden_states`": bool(self.config.output_hidden_states),
             "`output_attentions`": bool(self.config.output_attentions),
         }
@@ -367,29 +228,34 @@ class _Call:
             if is_met:
                 raise ValueError(
                     f'transformers\' own assisted loop (loop="transformers") is wrong or fails with {limit}. '
-                    "Use the default loop, which supports what can be supported."
+                    'Use the default loop="dspark".'
                 )
-        tap = self._tap()
-        candidates = self._candidates(tap, DraftContext(self.draft.new_cache()))
+        candidates = self._candidates(DraftContext(self.draft.new_cache()))
         arguments = (self.input_ids, self.rule.processors, self.criteria, self.config)
-        with self.watch.part("total"), tap, recording_past(cache), in_transformers_loop(self.target, candidates):
+        borrowed = in_transformers_loop(self.target, candidates)
+        with self.watch.part("total"), candidates.tap, recording_past(cache), borrowed:
             output = self.target._assisted_decoding(*arguments, streamer=streamer, **model_kwargs)
-        sequences = output.sequences if self.config.return_dict_in_generate else output
-        tokens = sequences.shape[1] - self.input_ids.shape[1]
-        stats = GenerationStats.from_rounds(candidates.rounds, tokens, self.watch.seconds())
-        self.draft.last_stats = stats
         if not self.config.return_dict_in_generate:
+            self._record(candidates.rounds, output)
             return output
+        stats = self._record(candidates.rounds, output.sequences)
         return SpeculativeOutput(**output, rounds=tuple(candidates.rounds), stats=stats)
 
-    def _tap(self) -> FeatureTap:
+    def _candidates(self, context: DraftContext) -> DSparkCandidateGenerator:
         by_hooks = self.config.prefill_chunk_size is not None or bool(self.config.output_hidden_states)
-        return FeatureTap(self.target, self.draft.config.target_layer_ids, by_hooks=by_hooks)
-
-    def _candidates(self, tap: FeatureTap, context: DraftContext) -> DSparkCandidateGenerator:
         return DSparkCandidateGenerator(
-            self.draft, self.rule, schedule=self.schedule, max_length=self.max_length, tap=tap, context=context
+            self.draft,
+            self.rule,
+            schedule=self.schedule,
+            max_length=self.max_length,
+            tap=FeatureTap(self.target, self.draft.config.target_layer_ids, by_hooks=by_hooks),
+            context=context,
         )
+
+    def _record(self, rounds: list[RoundRecord], sequences: torch.Tensor) -> GenerationStats:
+        tokens = sequences.shape[1] - self.input_ids.shape[1]
+        self.draft.last_stats = GenerationStats.from_rounds(rounds, tokens, self.watch.seconds())
+        return self.draft.last_stats
 
     def _check_cache(self, cache: Cache, *, before_prefill: bool = False) -> None:
         reason = why_not_reversible(self.target, cache, before_prefill=before_prefill)
@@ -398,9 +264,6 @@ class _Call:
                 f"Speculative decoding undoes rejected tokens in the target's cache, and here it cannot: {reason}. "
                 "Call generate() without `assistant_model`."
             )
-
-
-_EXTRAS = ("scores", "logits", "hidden_states", "attentions")
 
 
 class _Stopwatch:
@@ -447,8 +310,8 @@ def _check_request(target: PreTrainedModel, input_ids: torch.Tensor, synced_gpus
         )
     if synced_gpus:
         raise ValueError(
-            "`synced_gpus=True` (FSDP or ZeRO-3 over several processes) is not supported with a DSpark draft: processes "
-            "would run different numbers of forwards. Call generate() without `assistant_model`."
+            "`synced_gpus=True` (FSDP or ZeRO-3 over several processes) is not supported with a DSpark draft: "
+            "processes would run different numbers of forwards. Call generate() without `assistant_model`."
         )
 
 
@@ -456,51 +319,21 @@ def _ensure_cache(target: PreTrainedModel, model_kwargs: dict[str, Any]) -> Cach
     """The call's cache; one of our own where the user asked for none."""
     if model_kwargs.get(CACHE) is None:
         logger.warning_once(
-            "`use_cache=False`: speculative decoding verifies blocks against a cache, so it uses one of its own for the "
-            "length of this call. The output is the same."
+            "`use_cache=False`: speculative decoding verifies blocks against a cache, so it uses one of its own for "
+            "the length of this call. The output is the same."
         )
         model_kwargs[CACHE] = DynamicCache(config=target.config.get_text_config(decoder=True))
         model_kwargs["use_cache"] = True
     return model_kwargs[CACHE]
 
 
-def _rewind(context: DraftContext, past_length: int) -> bool:
-    """Bring a kept context back to `past_length` target positions; False where it does not reach or cannot go back."""
-    surplus = context.target_length - past_length
-    if surplus < 0:
-        return False
-    if surplus:
-        features, positions = context.take() if context.features else (None, None)
-        pending = 0 if features is None else features.shape[1]
-        if surplus - pending > context.cache.get_seq_length():
-            return False
-        if surplus < pending:
-            context.add(features[:, : pending - surplus], positions[:, : pending - surplus])
-        elif surplus > pending:
-            drop_last(context.cache, surplus - pending)
-        context.target_length = past_length
-    return True
-
-
-def _stream(streamer, decision: Decision, num_accepted: int) -> None:
+def _stream(streamer, decision: Decision) -> None:
     """Hand the emitted tokens over, one by one as plain generate() does; a streamer of rounds gets them at once."""
     if streamer is None:
         return
     tokens = decision.emitted_ids[0].cpu()  # one more synchronisation: a streamer reads the tokens on the host
     if hasattr(streamer, "put_round"):
-        streamer.put_round(tokens, num_accepted)
+        streamer.put_round(tokens, decision.num_accepted)
     else:
         for token in tokens.split(1):
             streamer.put(token)
-
-
-def _beam_search(target, input_ids, processors, criteria, config, streamer, model_kwargs):
-    if streamer is not None:
-        raise ValueError(
-            "`streamer` cannot be used with beam search. Set `num_beams` to 1, or leave out the streamer."
-        )
-    warnings.warn(
-        f"`num_beams={config.num_beams}`: beam search takes no draft, so this call runs transformers' plain beam search.",
-        stacklevel=2,
-    )
-    return type(target)._beam_search(target, input_ids, processors, criteria, config, **model_kwargs)

@@ -67,7 +67,7 @@ class RNNHead(MarkovHead):
 
 
 class ConfidenceHead(nn.Module):
-    """w · [h_k ; W1[x_{k-1}]] (or of h_k alone), in fp32: the logit of P(token k accepted | all before it accepted)."""
+    """w · [h_k ; W1[x_{k-1}]], or of h_k alone, in fp32: the logit of P(token k accepted | all before it were)."""
 
     def __init__(self, config: DSparkConfig):
         super().__init__()

@@ -1,6 +1,6 @@
 """DSparkDraftModel: the context projection, the block's backbone, and the heads; how it is loaded and saved.
 
-The decoder layers are a backbone's, the sequential stage is in `heads.py` and `draft.py`, the decoding in `generate.py`.
+Decoder layers are a backbone's, the sequential stage is in `heads.py` and `draft.py`, the decoding in `generate.py`.
 """
 
 import os
@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .backbone_qwen3 import Qwen3Backbone
 from .configuration_dspark import DSparkConfig
 from .dialects import read_dialect
-from .door import install
+from .door import UnpatchedDoor, install
 from .features import num_target_layers
 from .generate import SpeculativeDecoding
 from .heads import build_heads
@@ -41,8 +41,8 @@ class DSparkPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^(model\.)?embed_tokens\.", r"^(model\.)?lm_head\."]
 
 
-class DSparkDraftModel(SpeculativeDecoding, DSparkPreTrainedModel):
-    """A DSpark draft (paper section 2): pass it as `assistant_model` to generate() of the target it was trained for."""
+class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel):
+    """A DSpark draft (paper section 2): the `assistant_model` for generate() of the target it was trained for."""
 
     def __init__(self, config: DSparkConfig):
         super().__init__(config)
@@ -61,7 +61,7 @@ class DSparkDraftModel(SpeculativeDecoding, DSparkPreTrainedModel):
         self.generation_config = GenerationConfig()
         self.last_stats: GenerationStats | None = None
         self._borrowed = _Borrowed()
-        self._contexts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of target caches, for the next turn
+        self.contexts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # target cache -> its DraftContext
         self.post_init()
 
     def forward(

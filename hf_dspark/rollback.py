@@ -12,7 +12,7 @@ def drop_last(cache: Cache, num_positions: int) -> None:
 
 
 def why_not_reversible(target, cache: Cache, *, before_prefill: bool) -> str | None:
-    """Why this target's cache cannot be rolled back exactly; None where it can, or where only the prefill will tell."""
+    """Why this target's cache cannot be rolled back exactly; None where it can, or only the prefill will tell."""
     # DeepSeek-V4's compressed layers call themselves croppable and are not: the flag of the model comes first.
     if getattr(target, "_is_stateful", False):
         return f"{type(target).__name__} keeps a recurrent or compressed state"

@@ -4,6 +4,7 @@ Which processors may be called freely, on whole blocks or on copies, is decided 
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -120,8 +121,18 @@ class SamplingRule:
         return self.top_k_warper(logits, exact=exact)
 
     def draw(self, probs: torch.Tensor) -> torch.Tensor:
-        """Column [...] drawn from `probs` [..., K]."""
+        """Column [B] drawn from `probs` [B, K] for a token that is emitted: torch.multinomial's random stream."""
         return pick(probs, torch.empty_like(probs).exponential_(generator=self.generator))
+
+    def draw_drafted(self, probs: torch.Tensor) -> torch.Tensor:
+        """Column [B] drawn from `probs` [B, K] for a drafted token: one uniform number instead of K exponentials.
+
+        In fp64, so that the law is `probs` to 1e-16 also for the rarest token of a large vocabulary.
+        """
+        cumulative = probs.double().cumsum(-1)
+        uniform = torch.rand(probs.shape[0], 1, dtype=torch.double, device=probs.device, generator=self.generator)
+        column = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        return column.squeeze(-1).clamp_max(probs.shape[-1] - 1)
 
     def uniforms(self, like: torch.Tensor) -> torch.Tensor:
         """One uniform number in [0, 1) for each drafted token; `like` is [B, L]."""
@@ -137,27 +148,26 @@ def pick(probs: torch.Tensor, exponentials: torch.Tensor) -> torch.Tensor:
 
 
 def process_scores(
-    processors: LogitsProcessorList,
+    rule: SamplingRule,
     candidate_ids: torch.Tensor,  # [B, n+L]  committed tokens, then the drafted ones
     logits: torch.Tensor,  # [B, L+1, V]
-    *,
-    prefix_free: bool = False,
-    goes_on=None,
+    goes_on: Callable[[int, torch.Tensor], bool] | None = None,
 ) -> torch.Tensor:
     """Processed scores [B, L+1, V]; position i is processed with the prefix that ends in drafted token i.
 
-    `goes_on(i, scores)` stops before position i+1 if it returns False: the rows behind stay raw and must not be read.
-    Stateful processors need it, since they may only be called for tokens that are emitted, in order.
+    Where `goes_on(i, scores [B, V])` returns False, positions behind i are not processed: their rows stay raw and must
+    not be read. Stateful processors need it, since they may only be called for tokens that are emitted, in order.
     """
-    if len(processors) == 0:
+    if len(rule.processors) == 0:
         return logits
-    if prefix_free:
-        return processors(candidate_ids, logits.flatten(0, 1).clone()).view_as(logits)
+    if rule.is_prefix_free:
+        return rule.processors(candidate_ids, logits.flatten(0, 1).clone()).view_as(logits)
     scores = logits.clone()
-    num_committed = candidate_ids.shape[1] - logits.shape[1] + 1
-    for i in range(logits.shape[1]):
-        scores[:, i] = processors(candidate_ids[:, : num_committed + i], logits[:, i].clone())
-        if goes_on is not None and i + 1 < logits.shape[1] and not goes_on(i, scores[:, i]):
+    num_drafted = logits.shape[1] - 1
+    for i in range(num_drafted + 1):
+        prefix = candidate_ids[:, : candidate_ids.shape[1] - num_drafted + i]
+        scores[:, i] = rule.processors(prefix, logits[:, i].clone())
+        if goes_on is not None and i < num_drafted and not goes_on(i, scores[:, i]):
             break
     return scores
 

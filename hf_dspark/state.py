@@ -55,10 +55,19 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """The outcome of one round's comparison (paper section 2.1)."""
+    """Outcome of the acceptance rule (paper section 2.1)."""
 
     num_accepted: torch.Tensor  # [B]  drafted tokens kept, without the bonus token
     next_probs: torch.Tensor  # [B, K]  law of the token after them; one-hot or residual, always normalised
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The target's tokens of one round; columns behind the first `num_accepted` + 1 mean nothing."""
+
+    token_ids: torch.Tensor  # [B, L+1]  accepted drafted tokens, then the target's own
+    num_accepted: torch.Tensor  # [B]
+    scores: torch.Tensor | None  # [B, L+1, V]  processed; None where only a short support was looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,19 @@ class RoundRecord:
     verify_length: int
     num_accepted: int
     confidence_probs: torch.Tensor | None  # [1, g]
+
+    @classmethod
+    def of(
+        cls, block: DraftBlock | None, verify_length: int, num_accepted: int, emitted_ids: torch.Tensor
+    ) -> RoundRecord:
+        """The record of a round that drafted `block` (None: nothing)."""
+        return cls(
+            draft_ids=None if block is None else block.token_ids,
+            emitted_ids=emitted_ids,
+            verify_length=verify_length,
+            num_accepted=num_accepted,
+            confidence_probs=None if block is None else block.confidence,
+        )
 
     @property
     def drafted(self) -> list[int]:
@@ -166,14 +188,20 @@ class DraftContext:
     """The draft's side of one sequence: its cache, and features the target computed but the draft has not read yet."""
 
     cache: Any
-    features: list[torch.Tensor] = field(default_factory=list)  # each [B, new, m*H]
-    position_ids: list[torch.Tensor] = field(default_factory=list)  # each [B, new]
-    target_length: int = 0  # positions of the target's cache that features were taken from
+    target_length: int = 0  # positions of the target's cache up to which features were taken
+    features: list[torch.Tensor] = field(default_factory=list)  # pending, each [B, new, m*H]
+    position_ids: list[torch.Tensor] = field(default_factory=list)  # of the pending features, each [B, new]
+    last_position: torch.Tensor | None = None  # [B, 1]
 
     def add(self, features: torch.Tensor, position_ids: torch.Tensor) -> None:
         """Append the features of newly committed positions."""
         self.features.append(features)
         self.position_ids.append(position_ids)
+        self.last_position = position_ids[:, -1:]
+
+    def next_positions(self, count: int) -> torch.Tensor:
+        """Positions [B, count] behind the last one added, the anchor's first."""
+        return self.last_position + torch.arange(1, count + 1, device=self.last_position.device)
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All pending features [B, new, m*H] and their positions [B, new]; afterwards none are pending."""
@@ -191,7 +219,5 @@ class DecodeState:
     cache_length: int  # positions in the target's cache: all committed tokens but the anchor
     finished: bool = False
     rounds: list[RoundRecord] = field(default_factory=list)
-    scores: list[torch.Tensor] = field(default_factory=list)  # each [B, V], after processors
-    logits: list[torch.Tensor] = field(default_factory=list)  # each [B, V], raw
-    hidden_states: list[tuple] = field(default_factory=list)  # one tuple over layers a token
-    attentions: list[tuple] = field(default_factory=list)
+    # What the user asked for besides tokens, one entry a token: scores, logits, hidden_states, attentions.
+    extras: dict[str, list] = field(default_factory=dict)

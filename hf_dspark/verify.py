@@ -1,5 +1,6 @@
 """Step 4, verify: one forward of the target over [anchor, drafted tokens]."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ def verify_block(
 ) -> Verification:
     """Next-token logits of the target after the anchor and after each of `draft_ids` [B, L]; L may be 0."""
     length = draft_ids.shape[1]
-    model_kwargs = extend_model_kwargs(target, state.model_kwargs, length)
+    model_kwargs = _extend_model_kwargs(target, state.model_kwargs, length)
     inputs = target.prepare_inputs_for_generation(
         torch.cat([state.input_ids, draft_ids], dim=1), next_sequence_length=length + 1, **model_kwargs
     )
@@ -34,28 +35,50 @@ def read_verification(outputs: Any, length: int, device: torch.device) -> Verifi
     return Verification(logits=logits, outputs=outputs)
 
 
-def extend_model_kwargs(target: PreTrainedModel, model_kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+def _extend_model_kwargs(target: PreTrainedModel, model_kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
     """A copy of `model_kwargs` whose masks, positions and token types (text) reach `num_tokens` further."""
     if num_tokens == 0:
         return dict(model_kwargs)
     return target._update_model_kwargs_for_generation(ModelOutput(), dict(model_kwargs), num_new_tokens=num_tokens)
 
 
-def states_of_token(outputs: Any, row: int, num_rows: int) -> tuple[torch.Tensor, ...]:
-    """Hidden states of one verified position, a tuple over layers [B, 1, H], as a single-token forward returns them."""
-    first = row - num_rows
-    return tuple(state[:, first : first + 1 or None] for state in outputs.hidden_states)
+def extras_of_tokens(
+    wanted: Iterable[str],
+    target: PreTrainedModel,
+    verification: Verification,
+    scores: torch.Tensor | None,  # [B, L+1, V]
+    count: int,
+    *,
+    is_prefill: bool,
+) -> dict[str, list]:
+    """What plain generate() would have collected for the first `count` tokens of a verification, one entry a token."""
+    outputs, extras = verification.outputs, {}
+    rows = verification.logits.shape[1]
+    for name in wanted:
+        if name == "scores":
+            extras[name] = list(scores[:, :count].unbind(1))
+        elif name == "logits":
+            extras[name] = list(verification.logits[:, :count].unbind(1))
+        elif is_prefill:
+            extras[name] = [getattr(outputs, name)]
+        elif name == "hidden_states":
+            extras[name] = [tuple(s[:, i : i + 1] for s in outputs.hidden_states) for i in range(count)]
+        elif name == "attentions":
+            extras[name] = [_attentions_of_row(target, outputs.attentions, i, rows) for i in range(count)]
+    return extras
 
 
-def attentions_of_token(outputs: Any, row: int, num_rows: int, windows: list[int | None]) -> tuple[torch.Tensor, ...]:
-    """Attention weights of one verified position, a tuple over layers [B, heads, 1, keys].
+def _attentions_of_row(target: PreTrainedModel, attentions, row: int, num_rows: int) -> tuple[torch.Tensor, ...]:
+    """Attention weights [B, heads, 1, keys] of one verified position, layer by layer.
 
-    Cut to the keys a single-token forward would have had: all up to its own, or the last `window` of them.
+    Cut to the keys a single-token forward would have had: all up to its own, or the last of them in a sliding window.
     """
+    config = target.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(attentions)
     cut = []
-    for layer, weights in enumerate(outputs.attentions):
+    for weights, layer_type in zip(attentions, layer_types, strict=True):
         stop = weights.shape[-1] - num_rows + row + 1
-        window = windows[layer] if layer < len(windows) else None
-        start = 0 if window is None else max(0, stop - window)
-        cut.append(weights[:, :, row : row + 1, start:stop])
+        is_sliding = window is not None and layer_type == "sliding_attention"
+        cut.append(weights[:, :, row : row + 1, max(0, stop - window) if is_sliding else 0 : stop])
     return tuple(cut)
