@@ -40,6 +40,7 @@ class Decision:
 
     fields: dict[str, Any]
     reason: str
+    is_foreign: bool
 
 
 def read_dialect(config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> Decision:
@@ -54,7 +55,7 @@ def read_dialect(config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) ->
             "saved from, or give the repository of the draft."
         )
     if config.get("model_type") == "dspark" and "backbone_type" in config:
-        return Decision(dict(config), "our own layout (model_type dspark)")
+        return Decision(dict(config), "our own layout (model_type dspark)", is_foreign=False)
     return _flat(config, tensors)
 
 
@@ -88,6 +89,7 @@ def _flat(config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> Decisi
         fields,
         f"the authors' flat layout ({_label(config)}): qwen3 backbone, "
         f"{head if fields['markov_rank'] else 'no sequential head'}, block size {fields.get('block_size')}",
+        is_foreign=True,
     )
 
 

@@ -144,7 +144,8 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         checkpoint = find_checkpoint(pretrained_model_name_or_path, **hub_arguments)
         if config is None:
             decision = read_dialect(checkpoint.config, checkpoint.shapes)
-            logger.warning_once(f"{pretrained_model_name_or_path}: DSpark draft in {decision.reason}.")
+            if decision.is_foreign:
+                logger.warning_once(f"{pretrained_model_name_or_path}: DSpark draft in {decision.reason}.")
             overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in DSparkConfig.__annotations__}
             config = DSparkConfig(**decision.fields | overrides)
         if target is not None:

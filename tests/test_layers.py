@@ -1,0 +1,103 @@
+"""The structure that architecture decides: imports point down, outside things have one owner, files can travel."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "hf_dspark"
+
+# Top row first; a file may import only from rows below its own.
+ROWS = [
+    ["__main__"],
+    ["cli"],
+    ["demo"],
+    ["comparison"],
+    ["modeling_dspark"],
+    ["door", "generate", "backbone_qwen3", "hub"],
+    ["candidate_generator"],
+    ["draft"],
+    ["features", "schedule", "verify", "accept", "rollback", "heads"],
+    ["configuration_dspark", "sampling"],
+    ["dialects", "state", "compat"],
+]
+ROW_OF = {name: index for index, row in enumerate(ROWS) for name in row}
+# verify.py types its argument with the tap it is given.
+SAME_ROW = {("verify", "features")}
+# What `save_pretrained` can ship as remote code: modeling_dspark and everything below.
+SHIPPED = [name for row in ROWS[ROWS.index(["modeling_dspark"]) :] for name in row]
+MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub"}
+
+# They read tensors after a call, never during a round; the others say at the place why they read.
+OUTSIDE_THE_ROUND = {"state", "comparison", "cli"}
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def _source(name):
+    return (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+
+
+def _relative_imports(name):
+    for node in ast.walk(ast.parse(_source(name))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield node
+
+
+def test_every_module_has_a_row():
+    assert set(MODULES) == set(ROW_OF)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    for node in _relative_imports(name):
+        imported = node.module.split(".")[0] if node.module else "__init__"
+        if imported == "__init__":
+            assert ROW_OF[name] == 0, f"{name} imports the package itself"
+        elif (name, imported) not in SAME_ROW:
+            assert ROW_OF[imported] > ROW_OF[name], f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_import_in_the_form_that_transformers_copies(name):
+    for node in _relative_imports(name):
+        assert node.level == 1, f"{name}: only `from .name import x`"
+        assert node.module, f"{name}: only `from .name import x`"
+        assert "." not in node.module, f"{name}: only `from .name import x`"
+    for node in ast.walk(ast.parse(_source(name))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        for module in names:
+            root = module.split(".")[0]
+            assert root != "hf_dspark", f"{name} imports the package by its own name"
+            is_standard = root in MAY_IMPORT or root in sys.stdlib_module_names
+            assert is_standard, f"{name} imports {root}, which a user of remote code may not have"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "owners"),
+    [
+        (r"GenerationMixin\.generate\b", {"door"}),
+        (r"_get_candidate_generator", {"candidate_generator"}),
+        (r"perf_counter|cuda\.Event", {"generate", "comparison"}),
+        (r"[\"']past_key_values[\"']", {"compat", "comparison"}),
+        (r"\.crop\(|activate_past_recording", {"rollback"}),
+        (r"outputs\.hidden_states|output_hidden_states\"", {"features", "verify"}),
+        (r"transformers\.models\.", {"backbone_qwen3"}),
+        (r"\bprint\(", {"cli"}),
+        (r"\.tolist\(\)|\.item\(\)", {"generate", "candidate_generator", "accept", "sampling"} | OUTSIDE_THE_ROUND),
+        (r"Qwen3DSparkModel", {"dialects"}),
+    ],
+)
+def test_outside_things_have_one_owner(pattern, owners):
+    found = {name for name in MODULES if re.search(pattern, _source(name))}
+    assert found <= owners
+
+
+def test_no_module_is_longer_than_400_lines():
+    assert {name: count for name in MODULES if (count := len(_source(name).splitlines())) > 400} == {}
