@@ -64,7 +64,7 @@ def _draft_for(target, prompt, quality="noisy", new_tokens=NEW_TOKENS, **kwargs)
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("quality", ["garbage", "noisy", "perfect"])
+@pytest.mark.parametrize("quality", ["noisy", "perfect"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rejected_blocks_leave_the_cache_as_if_never_drafted(kind, quality):
     target, prompt = make_tiny_target(kind, seed=1), random_prompt(64, PROMPT_LENGTH, seed=1)
@@ -236,8 +236,9 @@ def _turn(generate, prompt, cache, **kwargs):
 
 @pytest.mark.core
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt_oss", "deepseek_v3", "lfm2"])
-@pytest.mark.parametrize("second", ["plain", "speculative"])
-@pytest.mark.parametrize("first", ["plain", "speculative"])
+@pytest.mark.parametrize(
+    ("first", "second"), [("speculative", "plain"), ("plain", "speculative"), ("speculative", "speculative")]
+)
 def test_second_turn_on_the_same_cache_equals_plain_then_plain(kind, first, second):
     target, prompt = make_tiny_target(kind, seed=1), random_prompt(64, PROMPT_LENGTH, seed=1)
     draft = make_tiny_draft(target)
@@ -314,7 +315,7 @@ def test_two_conversations_in_turns_do_not_mix(target):
     prompts = [random_prompt(64, 8, seed=s) for s in (1, 2)]
     caches = [_fresh(target), _fresh(target)]
     for turn in range(2):
-        for i in range(2):
+        for i in range(2):  # the other conversation comes between the turns of one
             output = _turn(lambda ids, **kwargs: speculate(target, draft, ids, **kwargs), prompts[i], caches[i])
             afresh = _turn(lambda ids, **kwargs: speculate(target, draft, ids, **kwargs), prompts[i], None)
             assert [r.drafted for r in output.rounds] == [r.drafted for r in afresh.rounds]

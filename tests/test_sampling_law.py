@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LlamaConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
 )
@@ -107,7 +108,9 @@ def _llama():
     return make_tiny_target("llama", 0, 5, num_hidden_layers=1, hidden_size=16, scale=20.0)
 
 
-def _draw_many(target, draft, prompt, num_draws, *, schedule=None, new_tokens=NEW_TOKENS, **kwargs) -> Call:
+def _draw_many(
+    target, draft, prompt, num_draws, *, schedule=None, loop="dspark", new_tokens=NEW_TOKENS, **kwargs
+) -> Call:
     """`num_draws` speculative calls on what ONE generate() prepared: its own overhead is half of so short a call."""
     drawn = []
 
@@ -116,7 +119,7 @@ def _draw_many(target, draft, prompt, num_draws, *, schedule=None, new_tokens=NE
         for _ in range(num_draws):
             fresh = copy.copy(model_kwargs) | {CACHE: DynamicCache(config=model.config)}
             arguments = (model, input_ids, logits_processor, stopping_criteria, generation_config)
-            output = draft.speculative_decode(*arguments, schedule=schedule, **fresh)
+            output = draft.speculative_decode(*arguments, schedule=schedule, loop=loop, **fresh)
             drawn.append(tuple(output[0, input_ids.shape[1] :].tolist()))
         calls.append((input_ids, logits_processor))
         return input_ids
@@ -178,6 +181,13 @@ def _marginals(law, prompt, vocab_size) -> torch.Tensor:
     return table
 
 
+class AgainstRepeats(LogitsProcessor):
+    """Of a type nobody knows: it might keep a state, so it is called once for each emitted token."""
+
+    def __call__(self, input_ids, scores):
+        return scores.scatter_add(-1, input_ids[:, -2:], torch.full_like(scores[:, :2], -1.0))
+
+
 SETTINGS = {
     "plain": {"kwargs": {}, "head": "vanilla", "informed": True},
     "plain, real models": {"kwargs": {}, "head": "vanilla", "backbone": True, "num_draws": 800},
@@ -200,6 +210,23 @@ SETTINGS = {
         "schedule": ConfidenceThreshold(0.4, num_tokens=2),
     },
 }
+SETTINGS |= {
+    "processor of the user's own": {
+        "kwargs": {"logits_processor": LogitsProcessorList([AgainstRepeats()]), "eos_token_id": 2},
+        "head": "gated",
+        "informed": True,
+        "num_draws": 1500,
+    },
+    "transformers' own loop": {
+        "kwargs": {"temperature": 0.7, "top_k": 4},
+        "head": "vanilla",
+        "informed": True,
+        "schedule": ConfidenceThreshold(0.4),
+        "loop": "transformers",
+        "num_draws": 1500,
+    },
+}
+
 CORE = ("plain, real models", "temperature and top-k")
 
 
@@ -218,7 +245,8 @@ def _sample(setting, seed=0):
     torch.manual_seed(seed)
     schedule = setting.get("schedule", FixedLength())
     num_draws = setting.get("num_draws", NUM_DRAWS)
-    return law, _draw_many(target, draft, prompt, num_draws, schedule=schedule, **kwargs).sequences
+    loop = setting.get("loop", "dspark")
+    return law, _draw_many(target, draft, prompt, num_draws, schedule=schedule, loop=loop, **kwargs).sequences
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.core] * (name in CORE)) for name in SETTINGS])
