@@ -28,7 +28,8 @@ class DraftAttention(Qwen3Attention):
         hidden_states: torch.Tensor,  # [B, g, H]  block, normed
         context: torch.Tensor,  # [B, new, H]  projected features of newly committed positions
         position_embeddings: tuple[torch.Tensor, torch.Tensor],  # [B, new+g, head_dim] each
-        cache: Cache,
+        cache: Cache | None,
+        attention_mask: torch.Tensor | None = None,  # [B, 1, g, keys]  True where seen; None: all is
     ) -> torch.Tensor:
         batch_size, block_size = hidden_states.shape[:2]
         heads = (batch_size, -1, self.head_dim)
@@ -40,9 +41,10 @@ class DraftAttention(Qwen3Attention):
         # Queries and keys are of different lengths: each is rotated alone, with its own positions.
         query, _ = apply_rotary_pos_emb(query, query, cos[:, -block_size:], sin[:, -block_size:])
         key, _ = apply_rotary_pos_emb(key, key, cos, sin)
-        key, value = cache.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attend(self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False)
+        output, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, is_causal=False)
         return self.o_proj(output.reshape(batch_size, block_size, -1))
 
 
@@ -56,9 +58,10 @@ class DraftDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states, context, position_embeddings, cache):
+    def forward(self, hidden_states, context, position_embeddings, cache, attention_mask=None):
         """Shapes as in `DraftAttention`; returns the block's hidden states [B, g, H]."""
-        attended = self.self_attn(self.input_layernorm(hidden_states), context, position_embeddings, cache)
+        normed = self.input_layernorm(hidden_states)
+        attended = self.self_attn(normed, context, position_embeddings, cache, attention_mask)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 

@@ -100,8 +100,8 @@ class _Call:
     def run(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
         """Our loop."""
         returns_cache = model_kwargs.get("use_cache") is not False
+        self._check_cache(model_kwargs.get(CACHE), before_prefill=True)
         cache = _ensure_cache(self.target, model_kwargs)
-        self._check_cache(cache, before_prefill=True)
         state = DecodeState(self.input_ids, model_kwargs, cache_length=cache.get_seq_length())
         state.extras = {name: [] for name in self.extras}
         candidates = self._candidates(context_of(self.draft, cache, state.cache_length))
@@ -257,7 +257,7 @@ class _Call:
         self.draft.last_stats = GenerationStats.from_rounds(rounds, tokens, self.watch.seconds())
         return self.draft.last_stats
 
-    def _check_cache(self, cache: Cache, *, before_prefill: bool = False) -> None:
+    def _check_cache(self, cache: Cache | None, *, before_prefill: bool = False) -> None:
         reason = why_not_reversible(self.target, cache, before_prefill=before_prefill)
         if reason is not None:
             raise ValueError(

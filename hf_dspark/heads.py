@@ -28,8 +28,13 @@ class MarkovHead(nn.Module):
         hidden_states: torch.Tensor,  # [B, H]  of the position that is sampled
         state: torch.Tensor | None,  # [B, r] or None at the first position
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Transition bias [B, V] and the state for the next position."""
-        return self.markov_w2(self.markov_w1(previous_ids)), state
+        """Transition bias B_k [B, V] and the state for the next position."""
+        latent, state = self.latent(previous_ids, hidden_states, state)
+        return self.markov_w2(latent), state
+
+    def latent(self, previous_ids, hidden_states, state):
+        """What W2 projects to the bias [B, r], and the state for the next position; arguments as in `forward`."""
+        return self.markov_w1(previous_ids), state
 
 
 class GatedMarkovHead(MarkovHead):
@@ -39,10 +44,10 @@ class GatedMarkovHead(MarkovHead):
         super().__init__(config)
         self.gate_proj = nn.Linear(config.hidden_size + config.markov_rank, config.markov_rank)
 
-    def forward(self, previous_ids, hidden_states, state):
+    def latent(self, previous_ids, hidden_states, state):
         previous = self.markov_w1(previous_ids)
         gate = self.gate_proj(torch.cat([hidden_states, previous], dim=-1)).sigmoid()
-        return self.markov_w2(gate * previous), state
+        return gate * previous, state
 
 
 class RNNHead(MarkovHead):
@@ -56,14 +61,14 @@ class RNNHead(MarkovHead):
         rank = config.markov_rank
         self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
 
-    def forward(self, previous_ids, hidden_states, state):
+    def latent(self, previous_ids, hidden_states, state):
         previous = self.markov_w1(previous_ids)
         state = torch.zeros_like(previous) if state is None else state
         joint = self.joint_proj(torch.cat([state, previous, hidden_states], dim=-1))
         gate, candidate, output = joint.chunk(3, dim=-1)
         gate = gate.sigmoid()
         state = gate * state + (1 - gate) * candidate.tanh()
-        return self.markov_w2(output.tanh()), state
+        return output.tanh(), state
 
 
 class ConfidenceHead(nn.Module):

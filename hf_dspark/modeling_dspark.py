@@ -69,14 +69,18 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         features: torch.Tensor,  # [B, new, m*H]  of newly committed positions
         block_ids: torch.Tensor,  # [B, g]  anchor, then masks
         position_ids: torch.Tensor,  # [B, new+g]
-        cache: Cache,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,  # [B, 1, g, keys]  True where seen; None: every position sees all
     ) -> torch.Tensor:
-        """Hidden states [B, g, H] of the block after the final norm; the new context and the block enter `cache`."""
+        """Hidden states [B, g, H] of the block after the final norm; the new context and the block enter `cache`.
+
+        Training packs many blocks behind one context, without a cache: then g counts them all and the mask parts them.
+        """
         hidden_states = self._embed(block_ids)
         context = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, context, position_embeddings, cache)
+            hidden_states = layer(hidden_states, context, position_embeddings, cache, attention_mask)
         return self.norm(hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -11,12 +11,15 @@ def drop_last(cache: Cache, num_positions: int) -> None:
     cache.crop(-num_positions)
 
 
-def why_not_reversible(target, cache: Cache, *, before_prefill: bool) -> str | None:
-    """Why this target's cache cannot be rolled back exactly; None where it can, or only the prefill will tell."""
+def why_not_reversible(target, cache: Cache | None, *, before_prefill: bool) -> str | None:
+    """Why this target's cache cannot be rolled back exactly; None where it can, or only the prefill will tell.
+
+    A `cache` of None is one that is still to be made.
+    """
     # DeepSeek-V4's compressed layers call themselves croppable and are not: the flag of the model comes first.
     if getattr(target, "_is_stateful", False):
         return f"{type(target).__name__} keeps a recurrent or compressed state"
-    for layer in cache.layers:
+    for layer in cache.layers if cache is not None else ():
         if isinstance(layer, (StaticLayer, QuantizedLayer)):
             return f"{type(layer).__name__} is not supported yet (use the default dynamic cache)"
         if not before_prefill and not getattr(layer, "is_croppable", True):

@@ -1,12 +1,12 @@
 """Sampled output has exactly the target's law: chi-square against the enumerated law of all continuations.
 
-A test of this file raises a false alarm with probability 1e-3 for one choice of seeds. Seeds are fixed, so that a test
+A test of this file raises a false alarm with probability 1e-4 for one choice of seeds. Seeds are fixed, so that a test
 passes always or never on one machine; another version of torch is another draw. Planted biases must be found at 1e-6.
 """
 
 import copy
 import dataclasses
-import importlib
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -30,7 +30,7 @@ from hf_dspark.compat import CACHE
 from hf_dspark.sampling import SamplingRule
 from hf_dspark.state import Distribution
 
-FALSE_ALARM, FOUND = 1e-3, 1e-6
+FALSE_ALARM, FOUND = 1e-4, 1e-6
 NUM_DRAWS, NEW_TOKENS = 2500, 5
 PROMPT = random_prompt(5, 3)
 
@@ -196,6 +196,7 @@ SETTINGS = {
         "kwargs": {"temperature": 1.3, "top_p": 0.7},
         "head": "rnn",
         "schedule": ConfidenceThreshold(0.5),
+        "new_tokens": 4,
     },
     "repetition penalty": {"kwargs": {"repetition_penalty": 1.8}, "head": "gated", "informed": True},
     "min-p and a stop token": {
@@ -208,6 +209,7 @@ SETTINGS = {
         "kwargs": {"temperature": 1.2, "top_k": 4, "top_p": 0.85},
         "head": "vanilla",
         "schedule": ConfidenceThreshold(0.4, num_tokens=2),
+        "new_tokens": 4,
     },
 }
 SETTINGS |= {
@@ -215,7 +217,7 @@ SETTINGS |= {
         "kwargs": {"logits_processor": LogitsProcessorList([AgainstRepeats()]), "eos_token_id": 2},
         "head": "gated",
         "informed": True,
-        "num_draws": 1500,
+        "num_draws": 1000,
     },
     "transformers' own loop": {
         "kwargs": {"temperature": 0.7, "top_k": 4},
@@ -223,30 +225,32 @@ SETTINGS |= {
         "informed": True,
         "schedule": ConfidenceThreshold(0.4),
         "loop": "transformers",
-        "num_draws": 1500,
+        "num_draws": 1000,
     },
 }
 
 CORE = ("plain, real models", "temperature and top-k")
 
 
-def _sample(setting, seed=0):
+def _sample(setting, seed=1):
     """The exact law of a setting, and what the loop draws."""
     kwargs, head = setting["kwargs"], setting["head"]
-    real = setting.get("backbone", False)
-    target, prompt = _llama() if real else _trigram_target(), PROMPT
-    informed = setting.get("informed", False)
+    real, informed = setting.get("backbone", False), setting.get("informed", False)
+    target = _llama() if real else _trigram_target()
     draft_class = DSparkDraftModel if real else PositionalDraft
     draft = make_tiny_draft(target, head=head, taps=(-1,), block_size=4, draft_class=draft_class)
-    processors = _draw_many(target, draft, prompt, 0, **kwargs).processors
-    law = _enumerate_law(target, prompt, processors, NEW_TOKENS, kwargs.get("eos_token_id"))
+    options = {
+        "new_tokens": setting.get("new_tokens", NEW_TOKENS),
+        "schedule": setting.get("schedule", FixedLength()),
+        "loop": setting.get("loop", "dspark"),
+    }
+    processors = _draw_many(target, draft, PROMPT, 0, **options, **kwargs).processors
+    law = _enumerate_law(target, PROMPT, processors, options["new_tokens"], kwargs.get("eos_token_id"))
     if informed:
-        draft.marginals = _marginals(law, prompt, 5)
+        draft.marginals = _marginals(law, PROMPT, 5)
     torch.manual_seed(seed)
-    schedule = setting.get("schedule", FixedLength())
     num_draws = setting.get("num_draws", NUM_DRAWS)
-    loop = setting.get("loop", "dspark")
-    return law, _draw_many(target, draft, prompt, num_draws, schedule=schedule, loop=loop, **kwargs).sequences
+    return law, _draw_many(target, draft, PROMPT, num_draws, **options, **kwargs).sequences
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.core] * (name in CORE)) for name in SETTINGS])
@@ -279,20 +283,21 @@ def test_top_k_on_a_larger_vocabulary_follows_the_law_of_transformers_processors
     law = _enumerate_law(target, prompt, processors, new_tokens)
     draft.marginals = _marginals(law, prompt, 48)
     torch.manual_seed(1)
-    drawn = _draw_many(target, draft, prompt, NUM_DRAWS, new_tokens=new_tokens, **kwargs).sequences
+    drawn = _draw_many(target, draft, prompt, 1500, new_tokens=new_tokens, **kwargs).sequences
     assert _p_value(law, drawn) > FALSE_ALARM
 
 
 def _residual_of_the_next_row(accept_prefix):
     def biased(draft_ids, draft_probs, target_probs, uniforms):
         acceptance = accept_prefix(draft_ids, draft_probs, target_probs, uniforms)
-        shifted = accept_prefix(draft_ids, draft_probs, target_probs.roll(-1, dims=1), torch.ones_like(uniforms))
+        rejected = acceptance.num_accepted.clamp_max(draft_ids.shape[1] - 1)
+        row = rejected.view(-1, 1, 1).expand(-1, 1, target_probs.shape[-1])
+        wrong = (target_probs.gather(1, row + 1) - draft_probs.gather(1, row)).squeeze(1).clamp_min(0)
         was_rejected = (acceptance.num_accepted < draft_ids.shape[1]).unsqueeze(-1)
-        return dataclasses.replace(
-            acceptance, next_probs=torch.where(was_rejected, shifted.next_probs, acceptance.next_probs)
-        )
+        next_probs = torch.where(was_rejected, wrong / wrong.sum(-1, keepdim=True), acceptance.next_probs)
+        return dataclasses.replace(acceptance, next_probs=next_probs)
 
-    return biased
+    return lambda draft_ids, *args: (biased if draft_ids.shape[1] else accept_prefix)(draft_ids, *args)
 
 
 def _target_law_instead_of_the_residual(accept_prefix):
@@ -313,30 +318,26 @@ def _draft_probabilities_before_the_processors(draft_block):
 
 
 @pytest.mark.parametrize(
-    ("place", "plant", "name"),
+    ("function", "plant", "name", "num_draws"),
     [
-        ("hf_dspark.generate.accept_prefix", _residual_of_the_next_row, "plain"),
-        ("hf_dspark.generate.accept_prefix", _target_law_instead_of_the_residual, "plain"),
-        (
-            "hf_dspark.candidate_generator.draft_block",
-            _draft_probabilities_before_the_processors,
-            "temperature and top-k",
-        ),
+        ("accept_prefix", _residual_of_the_next_row, "plain", 500),
+        ("accept_prefix", _target_law_instead_of_the_residual, "plain", NUM_DRAWS),
+        ("draft_block", _draft_probabilities_before_the_processors, "temperature and top-k", 500),
     ],
+    ids=["residual of the next row", "target's law instead of the residual", "draft's law before the processors"],
 )
-def test_planted_bias_is_found(place, plant, name, monkeypatch):
-    module, function = place.rsplit(".", 1)
-    original = getattr(importlib.import_module(module), function)
-    monkeypatch.setattr(place, plant(original))
-    law, drawn = _sample(SETTINGS[name] | {"num_draws": 500})
+def test_planted_bias_is_found(function, plant, name, num_draws, monkeypatch):
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("hf_dspark.") and function in vars(module):
+            monkeypatch.setattr(module, function, plant(vars(module)[function]))
+    law, drawn = _sample(SETTINGS[name] | {"num_draws": num_draws})
     assert _p_value(law, drawn) < FOUND
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(
-    "extra", [{}, {"return_dict_in_generate": True, "output_scores": True}], ids=["short", "whole"]
-)
-def test_uniform_of_exactly_zero_accepts_no_token_of_probability_zero(extra, monkeypatch):
+@pytest.mark.parametrize("support", ["short", "whole vocabulary"])
+def test_uniform_of_exactly_zero_accepts_no_token_of_probability_zero(support, monkeypatch):
+    extra = {} if support == "short" else {"return_dict_in_generate": True, "output_scores": True}
     never = 4
     target, prompt = _trigram_target(change=lambda table: table.index_fill(-1, torch.tensor(never), -20.0)), PROMPT
     draft = make_tiny_draft(target, taps=(-1,), draft_class=PositionalDraft)

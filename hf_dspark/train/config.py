@@ -1,0 +1,72 @@
+"""What a training run is asked for; saved beside its output, so that a resumed run is the same run."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class TrainConfig:
+    """Arguments of `train()` and of `hf-dspark train`.
+
+    Args:
+        target: name or folder of the target.
+        prompts: sources for `read_prompts`; several are mixed.
+        output: folder for prompts, answers, checkpoints and, at its top, the finished draft.
+        exclude: jsonl files whose first turns are never trained on.
+        steps, batch_size: optimizer steps, and sequences in each, over all processes.
+        layers, block_size, markov_rank, head, taps, mask_token_id, confidence: shape of the draft (`draft_config`).
+        warm_start: folder or name of a draft to start from, whose shape is kept.
+        trainable: "all" or "heads" (sequential and confidence head only).
+        num_anchors: blocks trained in each sequence of a step.
+        position_decay: d of the weights exp(-(k-1)/d).
+        max_new_tokens, max_length: of an answer; of a sequence (longer ones are cut).
+        generation: overrides of the target's generation config for the answers, such as {"do_sample": True}.
+        held_out: conversations kept from training, for the evaluation every `eval_every` steps.
+        feature_cache: keep the target's states on disk; their size is told before the run starts.
+    """
+
+    target: str
+    prompts: list[str]
+    output: str
+    exclude: list[str] = field(default_factory=list)
+    steps: int = 1000
+    batch_size: int = 8
+    layers: int = 2
+    block_size: int = 7
+    markov_rank: int = 64
+    head: str = "vanilla"
+    taps: list[int] | None = None
+    mask_token_id: int | None = None
+    confidence: bool = True
+    warm_start: str | None = None
+    trainable: str = "all"
+    learning_rate: float = 6e-4
+    warmup_ratio: float = 0.04
+    max_grad_norm: float = 1.0
+    num_anchors: int = 64
+    position_decay: float = 4.0
+    chunk_rows: int = 64
+    max_new_tokens: int = 256
+    max_length: int = 2048
+    answer_batch_size: int = 32
+    generation: dict = field(default_factory=dict)
+    chat_template: bool = True
+    held_out: int = 32
+    eval_every: int = 200
+    save_every: int = 200
+    feature_cache: bool = False
+    gradient_checkpointing: bool = False
+    mixed_precision: str = "bf16"
+    dtype: str = "auto"
+    tracker: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.prompts:
+            raise ValueError(
+                "No prompts were given: name a file or a data set, or let the target write N with `self:N`."
+            )
+        if self.trainable not in ("all", "heads"):
+            raise ValueError(f'`trainable` must be "all" or "heads", got {self.trainable!r}.')
+        for name in ("steps", "batch_size", "num_anchors", "chunk_rows", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

@@ -1,0 +1,60 @@
+"""What training reads of the frozen target: features of the tapped layers, and its logits at chosen positions."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..features import FeatureTap
+
+
+@dataclass(frozen=True, slots=True)
+class TargetStates:
+    """One sequence of S tokens as the target sees it."""
+
+    features: torch.Tensor  # [1, S, m*H]
+    final: torch.Tensor  # [S, H]  what the lm_head reads
+
+
+class FrozenTarget:
+    """The target in evaluation mode without gradients, as a source of `TargetStates` and logits."""
+
+    def __init__(self, target: PreTrainedModel, target_layer_ids: list[int]):
+        self.model = target.eval().requires_grad_(False)
+        self.target_layer_ids = target_layer_ids
+        config = target.config.get_text_config(decoder=True)
+        # What transformers' models do behind the lm_head: Gemma caps, Cohere multiplies, Granite divides.
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+        self._is_checked = False
+
+    @torch.no_grad()
+    def read(self, input_ids: list[int]) -> TargetStates:
+        """Features and final states of `input_ids`.
+
+        Raises ValueError where the target's logits are not made from its final states in a way known here.
+        """
+        ids = torch.tensor([input_ids], device=self.model.device)
+        decoder = self.model.get_decoder()
+        with FeatureTap(self.model, self.target_layer_ids) as tap:
+            outputs = decoder(ids, **tap.forward_kwargs, use_cache=False, return_dict=True)
+            states = TargetStates(tap.take(outputs), outputs.last_hidden_state[0])
+        if not self._is_checked:
+            self._check(ids, states)
+        return states
+
+    def logits(self, final: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] in fp32 from final states [R, H]."""
+        head = self.model.get_output_embeddings()
+        logits = head(final).float() * self._scale
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    def _check(self, ids: torch.Tensor, states: TargetStates) -> None:
+        expected = self.model(ids, use_cache=False).logits[0, -1].float()
+        got = self.logits(states.final[-1:])[0]
+        if (expected - got).abs().max() > 1e-2 * expected.abs().max():
+            raise ValueError(
+                f"The logits of {type(self.model).__name__} are not its lm_head on the decoder's last hidden state, "
+                "scaled or capped in a way known here: training would learn another law. Please report this model."
+            )
+        self._is_checked = True
