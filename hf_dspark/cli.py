@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 
+from .cli_train import add_commands as add_train_command
 from .comparison import compare
 from .demo import DEMO_PROMPTS, demo_draft_folder, demo_target_folder, load_demo_target
 from .modeling_dspark import DSparkDraftModel
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (2: an error the user can mend, told on stderr)."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args, _generation_arguments(args))
+        args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,7 +99,8 @@ def _terminal():
     return console if console.is_terminal and console.color_system is not None and not console.no_color else None
 
 
-def _generate(args: argparse.Namespace, generation: dict[str, Any]) -> None:
+def _generate(args: argparse.Namespace) -> None:
+    generation = _generation_arguments(args)
     prompts = args.prompt or [sys.stdin.read().removesuffix("\n")]
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype, device_map=args.device)
@@ -106,7 +108,8 @@ def _generate(args: argparse.Namespace, generation: dict[str, Any]) -> None:
     _run_prompts(args, target, draft, tokenizer, prompts, generation)
 
 
-def _demo(args: argparse.Namespace, generation: dict[str, Any]) -> None:
+def _demo(args: argparse.Namespace) -> None:
+    generation = _generation_arguments(args)
     logging.set_verbosity_error()
     if demo_target_folder().exists():
         logging.disable_progress_bar()
@@ -187,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", default=1, type=_positive, help="default 1: so small a model gains nothing by more")
     _add_generation(demo, num_assistant_tokens=4)
     demo.set_defaults(run=_demo)
+    add_train_command(commands)
     return parser
 
 

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import transformers
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 # The name of the cache in forwards, in their outputs and in generate(): "cache" since 5.24.
 CACHE = (
@@ -35,3 +35,9 @@ def rename_cache_argument(kwargs: dict[str, Any]) -> dict[str, Any]:
     renamed = dict(kwargs)
     renamed[CACHE] = renamed.pop(_OTHER_CACHE_NAME)
     return renamed
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute the layers' activations in the backward pass (5.24 has another name for it)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()

@@ -42,6 +42,7 @@ def write_answers(
     done = {sample.index for sample in read_samples(file)} if file.exists() else set()
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as out, tqdm(total=len(order), initial=len(done), desc="answers") as bar:
+        out.write(_end_of_cut_line(file))
         for number, batch in enumerate(batches):
             if done.issuperset(batch):
                 continue
@@ -110,3 +111,12 @@ def _up_to_stop(answer: list[int], stops: set[int]) -> list[int]:
         if token in stops:
             return answer[: position + 1]
     return answer
+
+
+def _end_of_cut_line(file: Path) -> str:
+    """A line break where a kill left the last line without one."""
+    with file.open("rb") as content:
+        if content.seek(0, 2) == 0:
+            return ""
+        content.seek(-1, 2)
+        return "" if content.read() == b"\n" else "\n"

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
+from ..compat import enable_activation_checkpointing
 from ..modeling_dspark import DSparkDraftModel
 from .anchors import Blocks, build_blocks, sample_anchors
 from .answers import Sample, write_answers
@@ -71,7 +72,7 @@ class _Run:
                 f"multiple of their number, {accelerator.num_processes}."
             )
         if config.gradient_checkpointing:
-            draft.gradient_checkpointing_enable()
+            enable_activation_checkpointing(draft)
         trained = [p for p in draft.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         warmup = round(config.warmup_ratio * config.steps)
@@ -89,7 +90,7 @@ class _Run:
         shown = accelerator.is_main_process
         with tqdm(total=config.steps, initial=first, desc="training", disable=not shown) as bar:
             for number in range(first, config.steps):
-                figures = self._step(number, training)
+                figures = self.step_once(number, training)
                 bar.update()
                 bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
                 done = number + 1
@@ -101,7 +102,7 @@ class _Run:
                 if done % config.save_every == 0 or done == config.steps:
                     self._save(done)
 
-    def _step(self, number: int, training: list[Sample]) -> dict[str, float]:
+    def step_once(self, number: int, training: list[Sample]) -> dict[str, float]:
         """One optimizer step; every process takes its share of the batch."""
         batch = [(sample, self._anchors(sample, number)) for sample in _batch(training, number, self.config)]
         # Weights need no forward, so every process knows the sum over the whole step without asking the others.
