@@ -1,4 +1,4 @@
-"""train() from prompts to a draft that loads: resumable to the bit, the same on two processes, refusing what is wrong."""
+"""train() from prompts to a draft that loads: resumable to the bit, the same on two processes, refusing the wrong."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_training_ends_in_a_draft_that_loads_and_generates(config, pair):
     target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     draft = DSparkDraftModel.from_pretrained(folder, target=target)
     assert "lm_head.weight" not in _weights(folder)
-    assert draft.config.target_layer_ids == [1] or draft.config.target_layer_ids == spread_taps(4, 5)
+    assert draft.config.target_layer_ids == spread_taps(4, 5)
     prompt = random_prompt(256, 6)
     expected = target.generate(prompt, max_new_tokens=12, do_sample=False)
     assert (
