@@ -3,6 +3,8 @@
 `choose_tokens` applies the call's rule to the target's logits; `accept_prefix` and `accept_greedy` are the pure part.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .sampling import SamplingRule, process_scores
@@ -15,19 +17,27 @@ def choose_tokens(
     logits: torch.Tensor,  # [B, L+1, V]  the target's, raw
     draft_ids: torch.Tensor,  # [B, L]
     block: DraftBlock | None,  # where draft_ids come from; None for L = 0
-    eos_ids: torch.Tensor | None,
+    *,
+    eos_ids: torch.Tensor | None = None,
+    stops: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> Choice:
-    """Accepted tokens and the target's own next one, by `rule`."""
+    """Accepted tokens and the target's own next one, by `rule`.
+
+    Processors that keep a state are not called behind a token that is not emitted: one behind a rejection, behind one
+    of `eos_ids`, or behind a prefix of drafted tokens [B, i] for which `stops(prefix, scores)` is true.
+    """
     length = draft_ids.shape[1]
     candidate_ids = torch.cat([input_ids, draft_ids], dim=1)
 
     def process(accepts) -> torch.Tensor:
-        def goes_on(i: int, row: torch.Tensor) -> bool:
-            accepted = accepts(i, row)
+        def goes_on(i: int, scores: torch.Tensor) -> bool:
+            accepted = accepts(i, scores[:, i])
             if eos_ids is not None:
                 accepted = accepted & ~torch.isin(draft_ids[:, i], eos_ids)
-            # One synchronisation a token: such a processor must not be called for a token that is not emitted.
-            return accepted.all().tolist()
+            # Synchronisations a token, where a processor keeps a state: it decides what is called, one by one.
+            if not accepted.all().tolist():
+                return False
+            return stops is None or not stops(draft_ids[:, : i + 1], scores).any().tolist()
 
         return process_scores(rule, candidate_ids, logits, goes_on if rule.is_stateful else None)
 

@@ -63,8 +63,10 @@ def install() -> None:
     def generate(self, *args, **kwargs):
         arguments = dict(signature.bind_partial(self, *args, **kwargs).arguments)
         draft = arguments.get("assistant_model")
-        if arguments.get("custom_generate") is not None or not hasattr(draft, "speculative_decode"):
+        if not hasattr(draft, "speculative_decode"):
             _check_assistant(draft)
+            return original(self, *args, **kwargs)
+        if arguments.get("custom_generate") is not None:
             return original(self, *args, **kwargs)
         del arguments["self"], arguments["assistant_model"]
         arguments |= arguments.pop("kwargs", {})

@@ -157,7 +157,11 @@ class _Call:
         self, state: DecodeState, verification: Verification, draft_ids: torch.Tensor, block: DraftBlock | None
     ) -> Decision:
         """Accept, add the target's own token, and stop where plain generate() would."""
-        choice = choose_tokens(self.rule, state.input_ids, verification.logits, draft_ids, block, self.eos_ids)
+        verdicts = _Verdicts(self.criteria, state, "scores" in self.extras) if self.has_other_criteria else None
+        stops = None if verdicts is None else verdicts.on_last
+        choice = choose_tokens(
+            self.rule, state.input_ids, verification.logits, draft_ids, block, eos_ids=self.eos_ids, stops=stops
+        )
         tokens, num_accepted = choice.token_ids, choice.num_accepted
         num_emitted = num_accepted + 1
         at_eos = torch.zeros_like(num_accepted)
@@ -169,23 +173,10 @@ class _Call:
         # The one synchronisation of every round: shapes and the end of the loop depend on these three numbers.
         accepted, kept, finished = torch.cat([num_accepted, num_emitted, at_eos]).tolist()
         finished = bool(finished) or state.input_ids.shape[1] + kept >= self.max_length
-        if self.has_other_criteria:
-            stop = self._first_stop(state, tokens[:, :kept], choice.scores)
-            if stop is not None:
-                kept, finished = stop, True
+        if verdicts is not None:
+            kept, stopped = verdicts.first_stop(tokens[:, :kept], choice.scores)
+            finished = finished or stopped
         return Decision(tokens[:, :kept], accepted, finished, choice.scores)
-
-    def _first_stop(self, state: DecodeState, tokens: torch.Tensor, scores: torch.Tensor | None) -> int | None:
-        """How many of `tokens` [1, m] plain generate() would have emitted; None: all, and it would go on."""
-        verdicts = []
-        for count in range(1, tokens.shape[1] + 1):
-            seen = None
-            if "scores" in self.extras:
-                seen = (*state.extras["scores"], *scores[:, :count].unbind(1))
-            verdicts.append(self.criteria(torch.cat([state.input_ids, tokens[:, :count]], dim=1), seen))
-        # One more synchronisation a round, only where the user gave criteria: they decide how much is emitted.
-        stops = torch.cat(verdicts).tolist()
-        return stops.index(True) + 1 if True in stops else None
 
     def _commit(
         self, state: DecodeState, verification: Verification, decision: Decision, *, is_prefill: bool = False
@@ -264,6 +255,29 @@ class _Call:
                 f"Speculative decoding undoes rejected tokens in the target's cache, and here it cannot: {reason}. "
                 "Call generate() without `assistant_model`."
             )
+
+
+class _Verdicts:
+    """What the user's stopping criteria say of one round's prefixes; each prefix is asked for once, in order."""
+
+    def __init__(self, criteria, state: DecodeState, with_scores: bool):
+        self._criteria, self._state, self._with_scores = criteria, state, with_scores
+        self._verdicts: list[torch.Tensor] = []
+
+    def on_last(self, tokens: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
+        """Whether plain generate() would stop behind `tokens` [1, m], m at least 1."""
+        for count in range(len(self._verdicts) + 1, tokens.shape[1] + 1):
+            prefix = torch.cat([self._state.input_ids, tokens[:, :count]], dim=1)
+            seen = (*self._state.extras["scores"], *scores[:, :count].unbind(1)) if self._with_scores else None
+            self._verdicts.append(self._criteria(prefix, seen))
+        return self._verdicts[tokens.shape[1] - 1]
+
+    def first_stop(self, tokens: torch.Tensor, scores: torch.Tensor | None) -> tuple[int, bool]:
+        """How many of `tokens` [1, m] plain generate() would emit, and whether it would stop there."""
+        self.on_last(tokens, scores)
+        # One more synchronisation a round, only where the user gave criteria: they decide how much is emitted.
+        stops = torch.cat(self._verdicts[: tokens.shape[1]]).tolist()
+        return (stops.index(True) + 1, True) if True in stops else (tokens.shape[1], False)
 
 
 class _Stopwatch:

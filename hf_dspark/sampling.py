@@ -155,7 +155,7 @@ def process_scores(
 ) -> torch.Tensor:
     """Processed scores [B, L+1, V]; position i is processed with the prefix that ends in drafted token i.
 
-    Where `goes_on(i, scores [B, V])` returns False, positions behind i are not processed: their rows stay raw and must
+    Where `goes_on(i, scores so far)` returns False, positions behind i are not processed: their rows stay raw and must
     not be read. Stateful processors need it, since they may only be called for tokens that are emitted, in order.
     """
     if len(rule.processors) == 0:
@@ -167,7 +167,7 @@ def process_scores(
     for i in range(num_drafted + 1):
         prefix = candidate_ids[:, : candidate_ids.shape[1] - num_drafted + i]
         scores[:, i] = rule.processors(prefix, logits[:, i].clone())
-        if goes_on is not None and i < num_drafted and not goes_on(i, scores[:, i]):
+        if goes_on is not None and i < num_drafted and not goes_on(i, scores):
             break
     return scores
 

@@ -75,10 +75,14 @@ def _attentions_of_row(target: PreTrainedModel, attentions, row: int, num_rows: 
     """
     config = target.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(attentions)
+    # Convolutions and the like return no weights; a config without layer types slides in every layer or in none.
+    layer_types = [name for name in getattr(config, "layer_types", None) or () if name.endswith("attention")]
     cut = []
-    for weights, layer_type in zip(attentions, layer_types, strict=True):
+    for layer, weights in enumerate(attentions):
+        if weights is None:  # an attention function that computes none
+            cut.append(None)
+            continue
         stop = weights.shape[-1] - num_rows + row + 1
-        is_sliding = window is not None and layer_type == "sliding_attention"
+        is_sliding = window is not None and (not layer_types or layer_types[layer] == "sliding_attention")
         cut.append(weights[:, :, row : row + 1, max(0, stop - window) if is_sliding else 0 : stop])
     return tuple(cut)

@@ -120,10 +120,6 @@ def test_returned_scores_under_sampling_belong_to_the_tokens(target, noisy, prom
 
 # Processors that keep a state.
 
-TOO_MANY_CALLS = pytest.mark.xfail(
-    strict=True, reason="processors are called for accepted tokens behind the one at which a criterion stops"
-)
-
 
 class _Moody(LogitsProcessor):
     """Adds to a token that depends on how often it was called, and records the prefixes it was called with."""
@@ -155,7 +151,7 @@ def _stops(sequence):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("stop", ["length", "stop token", pytest.param("criterion", marks=TOO_MANY_CALLS)])
+@pytest.mark.parametrize("stop", ["length", "stop token", "criterion"])
 @pytest.mark.parametrize("quality", ["noisy", "perfect"])
 def test_stateful_processor_is_called_once_for_each_emitted_token_in_order(target, prompt, quality, stop):
     reference = plain(target, prompt, max_new_tokens=NEW_TOKENS, logits_processor=[_Moody()])[0].tolist()
@@ -235,9 +231,7 @@ def test_positions_of_the_users_own_are_kept(target, noisy, prompt, offset):
     assert speculate(target, noisy, prompt, **kwargs).tolist() == plain(target, prompt, **kwargs).tolist()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the door takes the draft for a plain model where there is a custom_generate, too"
-)
+@pytest.mark.core
 def test_custom_generate_of_another_kind_may_be_given_the_draft(target, noisy, prompt):
     """As `custom_generate="org/repo", assistant_model=draft` does, where the repository's code takes the draft."""
 
