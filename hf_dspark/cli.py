@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 
+from .cli_eval import add_commands as add_eval_commands
 from .cli_train import add_commands as add_train_command
 from .comparison import compare
 from .demo import DEMO_PROMPTS, demo_draft_folder, demo_target_folder, load_demo_target
@@ -191,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generation(demo, num_assistant_tokens=4)
     demo.set_defaults(run=_demo)
     add_train_command(commands)
+    add_eval_commands(commands)
     return parser
 
 

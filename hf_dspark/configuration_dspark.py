@@ -24,6 +24,8 @@ class DSparkConfig(PreTrainedConfig):
         markov_rank: rank of the sequential head; 0 is a draft without one.
         markov_head_type: "vanilla", "gated" or "rnn".
         enable_confidence_head, confidence_head_with_markov: whether there is one, and whether it reads W1[x_{k-1}].
+        confidence_temperatures: T_k of the calibrated confidence sigmoid(logit_k / T_k), one for each block position
+            (`hf-dspark calibrate` fits them); None is the head as it was trained.
         has_embed_tokens, has_lm_head: whether the draft holds its own copies; otherwise the target's are used.
     """
 
@@ -53,6 +55,7 @@ class DSparkConfig(PreTrainedConfig):
     markov_head_type: str = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
+    confidence_temperatures: list[float | int] | None = None
     has_embed_tokens: bool = False
     has_lm_head: bool = False
 
@@ -93,6 +96,21 @@ class DSparkConfig(PreTrainedConfig):
             raise ValueError(
                 "`confidence_head_with_markov` is True, but `markov_rank` 0 has no Markov embedding to read. "
                 "Set it to False, or give the draft a sequential head."
+            )
+        if self.confidence_temperatures is not None:
+            self._check_temperatures(self.confidence_temperatures)
+
+    def _check_temperatures(self, temperatures: list[float | int]) -> None:
+        if not self.enable_confidence_head:
+            raise ValueError(
+                f"`confidence_temperatures` {temperatures} calibrate a confidence head, and this draft has none "
+                "(`enable_confidence_head` is False). Remove them from the config."
+            )
+        # Shorter blocks than the one they were fitted for use the first of them.
+        if len(temperatures) < self.block_size or not all(0 < t < float("inf") for t in temperatures):
+            raise ValueError(
+                "`confidence_temperatures` must be positive numbers, one for each of the block's "
+                f"{self.block_size} positions, got {temperatures}. Fit them with `hf-dspark calibrate`, or set None."
             )
 
     def _check_rope(self, kwargs: dict) -> None:

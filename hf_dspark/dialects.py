@@ -31,6 +31,7 @@ _DRAFT_FIELDS = (
     "markov_head_type",
     "enable_confidence_head",
     "confidence_head_with_markov",
+    "confidence_temperatures",
 )
 
 

@@ -72,6 +72,7 @@ def _sample_block(draft, hidden_states, base_logits, anchor_ids, sampler: Sample
         confidence_logits=confidence,
         hidden_states=hidden_states,
         distribution=_join(laws),
+        confidence_temperatures=draft.config.confidence_temperatures,
     )
 
 

@@ -38,11 +38,12 @@ class DraftBlock:
     confidence_logits: torch.Tensor | None  # [B, g]  before the sigmoid; None without a confidence head
     hidden_states: torch.Tensor  # [B, g, H]  the backbone after its final norm
     distribution: Distribution | None = None  # the law each token was drawn from; None: greedy
+    confidence_temperatures: Sequence[float] | None = None  # [g] or longer; None: not calibrated
 
     @property
     def confidence(self) -> torch.Tensor | None:
-        """c_k [B, g]: probability that token k is accepted given that all before it were."""
-        return None if self.confidence_logits is None else self.confidence_logits.sigmoid()
+        """c_k [B, g], calibrated: probability that token k is accepted given that all before it were."""
+        return _confidence(self.confidence_logits, self.confidence_temperatures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class RoundRecord:
     emitted_ids: torch.Tensor  # [1, m]  tokens this round added to the sequence
     verify_length: int
     num_accepted: int
-    confidence_probs: torch.Tensor | None  # [1, g]
+    confidence_logits: torch.Tensor | None  # [1, g]  raw; None without a confidence head
+    confidence_temperatures: Sequence[float] | None = None  # as in the block
 
     @classmethod
     def of(
@@ -100,7 +102,8 @@ class RoundRecord:
             emitted_ids=emitted_ids,
             verify_length=verify_length,
             num_accepted=num_accepted,
-            confidence_probs=None if block is None else block.confidence,
+            confidence_logits=None if block is None else block.confidence_logits,
+            confidence_temperatures=None if block is None else block.confidence_temperatures,
         )
 
     @property
@@ -135,8 +138,9 @@ class RoundRecord:
 
     @property
     def confidence(self) -> list[float] | None:
-        """Conditional confidence of each drafted token; None without a confidence head."""
-        return None if self.confidence_probs is None else self.confidence_probs[0].tolist()
+        """Conditional confidence of each drafted token, calibrated; None without a confidence head."""
+        probs = _confidence(self.confidence_logits, self.confidence_temperatures)
+        return None if probs is None else probs[0].tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,3 +225,12 @@ class DecodeState:
     rounds: list[RoundRecord] = field(default_factory=list)
     # What the user asked for besides tokens, one entry a token: scores, logits, hidden_states, attentions.
     extras: dict[str, list] = field(default_factory=dict)
+
+
+def _confidence(logits: torch.Tensor | None, temperatures: Sequence[float] | None) -> torch.Tensor | None:
+    """sigmoid(logit_k / T_k) [B, g] (paper, sequential temperature scaling); sigmoid(logit_k) without temperatures."""
+    if logits is None or temperatures is None:
+        return None if logits is None else logits.sigmoid()
+    # Numbers, not a tensor of them: copying one to the device in every round would be a synchronisation.
+    pairs = zip(logits.unbind(-1), temperatures, strict=False)  # the block may be cut short
+    return torch.stack([logit / temperature for logit, temperature in pairs], dim=-1).sigmoid()

@@ -121,9 +121,7 @@ def _run_arms(
     return runs
 
 
-def _run(
-    target: PreTrainedModel, arm: Arm, inputs: Mapping[str, Any], arguments: Mapping[str, Any], seed: int
-) -> Run:
+def _run(target: PreTrainedModel, arm: Arm, inputs: Mapping[str, Any], arguments: Mapping[str, Any], seed: int) -> Run:
     if arguments["do_sample"]:
         set_seed(seed)
     with _counted_forwards(target) as forwards:

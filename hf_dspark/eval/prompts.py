@@ -16,8 +16,9 @@ class PromptSet:
 def read_prompts(path: str | Path, limit: int | None = None) -> PromptSet:
     """The first turns of a jsonl file, at most `limit` of them. Raises ValueError where a line holds none."""
     path = Path(path)
-    lines = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line]
-    texts = tuple(_first_turn(line, f"{path.name}, line {number}") for number, line in lines[:limit])
+    with path.open(encoding="utf-8") as lines:  # str.splitlines would also split at separators inside of a prompt
+        rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    texts = tuple(_first_turn(line, f"{path.name}, line {number}") for number, line in rows[:limit])
     if not texts:
         raise ValueError(f"{path.name} holds no prompts. Give a jsonl file with an object with `turns` on each line.")
     return PromptSet(path.name, texts)
