@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 
+from .cli_calibrate import add_commands as add_calibrate_command
 from .cli_eval import add_commands as add_eval_commands
 from .cli_train import add_commands as add_train_command
 from .comparison import compare
@@ -193,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     add_train_command(commands)
     add_eval_commands(commands)
+    add_calibrate_command(commands)
     return parser
 
 

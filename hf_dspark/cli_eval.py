@@ -62,9 +62,7 @@ def _bench(args: argparse.Namespace, command: str) -> None:
     prompts = read_prompts(args.prompts, args.num_prompts)
     names = [Path(os.path.abspath(draft)).name for draft in args.draft]
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"Arms are named after the drafts' folders, and two are called the same: {names}. Rename one."
-        )
+        raise ValueError(f"Arms are named after the drafts' folders, and two have the same name: {names}. Rename one.")
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype, device_map=args.device)
     drafts = {}

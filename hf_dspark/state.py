@@ -43,7 +43,7 @@ class DraftBlock:
     @property
     def confidence(self) -> torch.Tensor | None:
         """c_k [B, g], calibrated: probability that token k is accepted given that all before it were."""
-        return _confidence(self.confidence_logits, self.confidence_temperatures)
+        return calibrated_confidence(self.confidence_logits, self.confidence_temperatures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class RoundRecord:
     @property
     def confidence(self) -> list[float] | None:
         """Conditional confidence of each drafted token, calibrated; None without a confidence head."""
-        probs = _confidence(self.confidence_logits, self.confidence_temperatures)
+        probs = calibrated_confidence(self.confidence_logits, self.confidence_temperatures)
         return None if probs is None else probs[0].tolist()
 
 
@@ -227,10 +227,13 @@ class DecodeState:
     extras: dict[str, list] = field(default_factory=dict)
 
 
-def _confidence(logits: torch.Tensor | None, temperatures: Sequence[float] | None) -> torch.Tensor | None:
-    """sigmoid(logit_k / T_k) [B, g] (paper, sequential temperature scaling); sigmoid(logit_k) without temperatures."""
+def calibrated_confidence(
+    logits: torch.Tensor | None,  # [B, g]
+    temperatures: Sequence[float] | None,  # [g] or longer
+) -> torch.Tensor | None:
+    """sigmoid(logit_k / T_k) [B, g]; sigmoid(logit_k) without temperatures, None without logits."""
     if logits is None or temperatures is None:
         return None if logits is None else logits.sigmoid()
     # Numbers, not a tensor of them: copying one to the device in every round would be a synchronisation.
-    pairs = zip(logits.unbind(-1), temperatures, strict=False)  # the block may be cut short
+    pairs = zip(logits.unbind(-1), temperatures[: logits.shape[-1]], strict=True)  # the block may be cut short
     return torch.stack([logit / temperature for logit, temperature in pairs], dim=-1).sigmoid()

@@ -34,9 +34,10 @@ def test_quickstart_runs_as_it_stands(tmp_path, monkeypatch, capsys):
 
 def test_file_tree_is_the_package():
     tree = re.search(r"```\nhf_dspark/\n(.*?)```", README, re.DOTALL)[1]
-    listed = {line.split()[0] for line in tree.splitlines()}
+    listed = {name for line in tree.splitlines() for name in re.split(r" {2,}", line.strip())[0].split(", ")}
     package = ROOT / "hf_dspark"
-    assert listed == {p.name for p in package.glob("*.py") if p.name != "__init__.py"} | {"weights/"}
+    folders = {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert listed == {path.name for path in package.glob("*.py") if path.name != "__init__.py"} | folders
 
 
 @pytest.mark.parametrize("name", re.findall(r"`(?:hf_dspark\.)?(\w+)\(", README))

@@ -65,10 +65,10 @@ class TrigramTarget(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
         cache, length = kwargs[CACHE], input_ids.shape[1]
         read = input_ids[:, None, :, None].float()
-        read, _ = cache.update(read, read, 0)
+        read = [cache.update(read, read, layer)[0] for layer in range(2)][0]
         before = nn.functional.pad(read[:, 0, :, 0].long(), (1, 0))[:, -length - 1 : -1]
         embedded = self.embed_tokens(input_ids)
-        states = {"logits": self.table[before, input_ids], "hidden_states": (embedded, embedded)}
+        states = {"logits": self.table[before, input_ids], "hidden_states": (embedded,) * 3}
         return CausalLMOutputWithPast(**states, **{CACHE: cache})
 
 
@@ -93,7 +93,7 @@ class PositionalDraft(DSparkDraftModel):
 
 
 def _trigram_target(vocab_size=5, change=None):
-    config = LlamaConfig(vocab_size=vocab_size, hidden_size=16, num_hidden_layers=1, num_attention_heads=4)
+    config = LlamaConfig(vocab_size=vocab_size, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         target = TrigramTarget(config).eval()
@@ -238,7 +238,8 @@ def _sample(setting, seed=1):
     real, informed = setting.get("backbone", False), setting.get("informed", False)
     target = _llama() if real else _trigram_target()
     draft_class = DSparkDraftModel if real else PositionalDraft
-    draft = make_tiny_draft(target, head=head, taps=(-1,), block_size=4, draft_class=draft_class)
+    taps = (-1,) if real else (0,)
+    draft = make_tiny_draft(target, head=head, taps=taps, block_size=4, draft_class=draft_class)
     options = {
         "new_tokens": setting.get("new_tokens", NEW_TOKENS),
         "schedule": setting.get("schedule", FixedLength()),
@@ -278,7 +279,7 @@ def _many_ties(table):
 )
 def test_top_k_on_a_larger_vocabulary_follows_the_law_of_transformers_processors(change, kwargs, new_tokens):
     target, prompt = _trigram_target(48, change), random_prompt(48, 3)
-    draft = make_tiny_draft(target, taps=(-1,), draft_class=PositionalDraft)
+    draft = make_tiny_draft(target, taps=(0,), draft_class=PositionalDraft)
     processors = _draw_many(target, draft, prompt, 0, **kwargs).processors
     law = _enumerate_law(target, prompt, processors, new_tokens)
     draft.marginals = _marginals(law, prompt, 48)
@@ -340,7 +341,7 @@ def test_uniform_of_exactly_zero_accepts_no_token_of_probability_zero(support, m
     extra = {} if support == "short" else {"return_dict_in_generate": True, "output_scores": True}
     never = 4
     target, prompt = _trigram_target(change=lambda table: table.index_fill(-1, torch.tensor(never), -20.0)), PROMPT
-    draft = make_tiny_draft(target, taps=(-1,), draft_class=PositionalDraft)
+    draft = make_tiny_draft(target, taps=(0,), draft_class=PositionalDraft)
     draft.marginals = nn.functional.one_hot(torch.full((64,), never), 5).float()
     monkeypatch.setattr(SamplingRule, "uniforms", lambda self, like: torch.zeros(like.shape))
     output = target.generate(prompt, assistant_model=draft, do_sample=True, top_k=2, max_new_tokens=40, **extra)
@@ -352,7 +353,7 @@ def test_uniform_of_exactly_zero_accepts_no_token_of_probability_zero(support, m
 @pytest.mark.core
 def test_seed_of_torch_governs_the_output():
     target, prompt = _trigram_target(), PROMPT
-    draft = make_tiny_draft(target, taps=(-1,), draft_class=PositionalDraft)
+    draft = make_tiny_draft(target, taps=(0,), draft_class=PositionalDraft)
 
     def sample(seed):
         torch.manual_seed(seed)
@@ -364,7 +365,7 @@ def test_seed_of_torch_governs_the_output():
 
 def test_generator_governs_the_output_and_leaves_torchs_own_alone():
     target, prompt = _trigram_target(), PROMPT
-    draft = make_tiny_draft(target, taps=(-1,), draft_class=PositionalDraft)
+    draft = make_tiny_draft(target, taps=(0,), draft_class=PositionalDraft)
 
     def sample(seed):
         kwargs = {"generator": torch.Generator().manual_seed(seed), "do_sample": True, "max_new_tokens": 40}

@@ -1,4 +1,4 @@
-"""run_benchmark(): plain generation, transformers' own speculative methods and drafts, prompt by prompt in one process.
+"""run_benchmark(): plain generation, transformers' own speculative methods and drafts, on the same prompts.
 
 The only file of eval/ with a clock. Each prompt runs through every arm before the next one does, in an order that is
 rotated from prompt to prompt, so that a busy machine slows all arms alike. It prints nothing.

@@ -1,4 +1,4 @@
-"""Plots of a benchmark's JSON: acceptance by position, speed, threshold sweep, reliability. Labels stand at the lines."""
+"""Plots of a benchmark's JSON: acceptance by position, speed-up, threshold sweep, reliability; labels at the lines."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,8 @@ from .benchmark import PLAIN, STOCK_LOOP
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_BLUE, _ORANGE, _GREY, _INK = _COLOURS[0], _COLOURS[1], "#9A9A9A", "#333333"
+_BLUE, _ORANGE = _COLOURS[:2]
+_LIGHT_GREY, _GREY, _INK = "#C9C9C9", "#808080", "#333333"
 _LINE_OF_TEXT = 0.055  # height of a label, as a share of the axis
 
 
@@ -64,7 +65,7 @@ def _plot_acceptance(axes, result: Mapping[str, Any]) -> None:
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", linewidth=2, clip_on=False)
         ends[f"{name}\ntau {result['arms'][name]['tau']:.2f}"] = (*points[-1], colour)
     positions = range(1, max(map(len, lines.values())) + 1)
-    axes.set(xticks=positions, ylim=(0, 1), xlabel="position in the block")
+    axes.set(xticks=positions, ylim=(0, 1.02), xlabel="position in the block")
     _title(axes, "Acceptance of a drafted token, given that all before it were accepted", result)
     _percent(axes.yaxis)
     _label_ends(axes, ends)
@@ -76,19 +77,20 @@ def _plot_speed(axes, result: Mapping[str, Any]) -> None:
     ratios = [arms[name]["ratio_to_plain"] for name in names]
     medians = [ratio["median"] for ratio in ratios]
     whiskers = [[r["median"] - r["p25"] for r in ratios], [r["p75"] - r["median"] for r in ratios]]
-    colours = [_BLUE if arms[name]["acceptance_at"] is not None else _GREY for name in names]
+    colours = [_GREY if arms[name]["acceptance_at"] is None else _BLUE for name in names]
     axes.barh(names, medians, height=0.6, color=colours)
-    axes.errorbar(medians, names, xerr=whiskers, fmt="none", ecolor=_INK, elinewidth=1.2, capsize=4)
-    for row, ratio in enumerate(ratios):
-        tau = arms[names[row]]["tau"]
-        text = f"  {ratio['median']:.2f}x  (tau {tau:.2f})"
-        axes.text(max(ratio["p75"], ratio["median"]), row, text, va="center", color=_INK)
     axes.axvline(1, color=_INK, linestyle="--", linewidth=1)
-    axes.text(1, len(names) - 0.45, "plain generate", ha="center", va="bottom", fontsize=9, color=_INK)
-    axes.set(xlim=(0, 1.35 * max(1, *(r["p75"] for r in ratios))), ylim=(-0.6, len(names) - 0.1))
-    axes.set_xlabel("tokens per second against plain generation: median of the prompts, p25 to p75")
+    axes.errorbar(medians, names, xerr=whiskers, fmt="none", ecolor=_INK, elinewidth=1.2, capsize=4)
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # the dashed line does not run through the text
+    for row, (name, ratio) in enumerate(zip(names, ratios, strict=True)):
+        text = f"{ratio['median']:.2f}x, tau {arms[name]['tau']:.2f}"
+        place = {"xytext": (10, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(text, (ratio["p75"], row), color=_INK, bbox=paper, **place)
+    axes.text(1, len(names) - 0.55, "plain generate()", ha="center", va="bottom", fontsize=9, color=_INK, bbox=paper)
+    axes.set(xlim=(0, 1.35 * max(1, *(r["p75"] for r in ratios))), ylim=(-0.5, len(names) - 0.1))
+    axes.set_xlabel("times plain generate(): median of the prompts, p25 to p75")
     axes.tick_params(axis="y", length=0)
-    _title(axes, "Speed-up", result)
+    _title(axes, "Tokens per second", result)
 
 
 def _plot_threshold_sweep(axes, result: Mapping[str, Any]) -> None:
@@ -97,23 +99,27 @@ def _plot_threshold_sweep(axes, result: Mapping[str, Any]) -> None:
     accepted, rejected = [row["accepted"] for row in sweep], [row["rejected"] for row in sweep]
     totals = [a + r for a, r in zip(accepted, rejected, strict=True)]
     axes.bar(places, accepted, color=_BLUE, width=0.7)
-    axes.bar(places, rejected, bottom=accepted, color="#C9C9C9", width=0.7)
-    axes.text(0, accepted[0] / 2, "accepted", ha="center", va="center", fontsize=8, color="white", rotation=90)
-    axes.text(0, accepted[0] + rejected[0] / 2, "rejected", ha="center", va="center", fontsize=8, rotation=90)
+    axes.bar(places, rejected, bottom=accepted, color=_LIGHT_GREY, width=0.7)
     axes.set(xticks=places, xticklabels=[f"{row['threshold']:.1f}" for row in sweep])
-    # The rates run in a band above the bars.
-    axes.set(xlabel="confidence threshold", ylabel="verified drafted tokens", ylim=(0, 1.9 * max(1, *totals)))
+    axes.set(xlabel="confidence threshold", ylabel="verified drafted tokens")
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= max(totals)])
+    axes.set_ylim(0, 2 * max(1, *totals))  # the rates run in a band above the bars
+    last = len(sweep) - 0.75
+    labels = {
+        "accepted": (last, accepted[-1] / 2, _BLUE),
+        "rejected": (last, accepted[-1] + rejected[-1] / 2, _GREY),
+    }
+    _label_ends(axes, labels)
     rate_axis = axes.twinx()
     rate_axis.spines[["top", "left", "right"]].set_visible(False)
     points = [(x, a / total) for x, a, total in zip(places, accepted, totals, strict=True) if total]
     rate_axis.plot(*zip(*points, strict=True), color=_ORANGE, marker="o", linewidth=2)
     for x, rate in points:
-        rate_axis.annotate(
-            f"{rate:.0%}", (x, rate), (0, 7), textcoords="offset points", ha="center", fontsize=9, color=_ORANGE
-        )
+        above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+        rate_axis.annotate(f"{rate:.0%}", (x, rate), fontsize=9, color=_ORANGE, **above)
     rate_axis.set(ylim=(-1.35, 1.15), yticks=[])
-    _label_ends(rate_axis, {"share\naccepted": (*points[-1], _ORANGE)})
-    _title(axes, "Verifying only what the draft is sure of", result)
+    _label_ends(rate_axis, {"share\naccepted": (last, points[-1][1], _ORANGE)})
+    _title(axes, "Verifying only what the draft is confident of", result)
 
 
 def _plot_reliability(axes, result: Mapping[str, Any]) -> None:
@@ -122,18 +128,19 @@ def _plot_reliability(axes, result: Mapping[str, Any]) -> None:
     if len(bins) == len(reliability["before"]) + 1:  # edges
         bins = [(low + high) / 2 for low, high in zip(bins, bins[1:], strict=False)]
     axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1)
-    axes.text(0.02, 0.05, "perfectly calibrated", color=_GREY, fontsize=9, rotation=45, rotation_mode="anchor")
-    ends = {}
-    for when, colour in (("before", _GREY), ("after", _BLUE)):
+    # Above the diagonal, where a draft that is too confident leaves room.
+    axes.text(0.3, 0.37, "perfect", color=_GREY, fontsize=9, rotation=45, ha="center", va="center")
+    labels = {}
+    for when, colour in (("before", _ORANGE), ("after", _BLUE)):
         rates = zip(bins, reliability[when], strict=True)
         points = [(x, rate) for x, rate in rates if rate is not None and rate == rate]  # empty bins: None or NaN
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", linewidth=2)
-        ends[f"{when} calibration\nECE {reliability[f'ece_{when}']:.1%}"] = (*points[-1], colour)
+        labels[f"{when} calibration\nECE {reliability[f'ece_{when}']:.1%}"] = (1, points[-1][1], colour)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="predicted", ylabel="accepted")
     _percent(axes.xaxis)
     _percent(axes.yaxis)
-    _title(axes, "Predicted survival of a drafted prefix, and how often it was accepted", result)
-    _label_ends(axes, ends)
+    _title(axes, "Predicted survival, and how often it came true", result)
+    _label_ends(axes, labels)
 
 
 def _title(axes, text: str, result: Mapping[str, Any]) -> None:
@@ -152,8 +159,10 @@ def _percent(axis) -> None:
 def _label_ends(axes, ends: Mapping[str, Sequence[Any]]) -> None:
     """Write each label to the right of its line's end (x, y, colour), moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    below = -float("inf")
+    edge = low
     for text, (x, y, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
         height = _LINE_OF_TEXT * (high - low) * len(text.splitlines())
-        below = max(y, below + height)
-        axes.annotate(text, (x, below), (10, 0), textcoords="offset points", color=colour, va="center", fontsize=9)
+        y = max(y, edge + height / 2)
+        edge = y + height / 2
+        place = {"xytext": (10, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(text, (x, y), color=colour, fontsize=9, **place)
