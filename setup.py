@@ -1,5 +1,8 @@
-"""Package metadata. Release: set `__version__` in hf_dspark/__init__.py, move CHANGELOG's entries under it, `make test`,
-`make test-versions`, tag."""
+"""Package metadata.
+
+Release: set `__version__` in hf_dspark/__init__.py, move CHANGELOG's entries under it, `make test`, `make
+test-versions`, tag.
+"""
 
 import re
 from pathlib import Path
@@ -20,7 +23,7 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["bnb"],
-    "hypothesis>=6.100",
+    "matplotlib>=3.8",
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "nbformat>=5.10",
@@ -48,6 +51,7 @@ setup(
         "accelerate>=1.1",
         "safetensors>=0.5",
         "huggingface-hub>=1.0",
+        "tqdm>=4.60",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hf-dspark = hf_dspark.cli:main"]},

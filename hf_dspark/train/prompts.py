@@ -97,10 +97,10 @@ def _read_source(source: str, target, tokenizer, seed: int) -> list[list[str]]:
         return self_prompts(target, tokenizer, int(source.removeprefix("self:")), seed=seed)
     path = Path(source)
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         return [turns for row in rows if (turns := _turns(row, source))]
     if path.exists():
-        return [[line.strip()] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [[line.strip()] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     return [turns for row in _load_dataset(source) if (turns := _turns(row, source))]
 
 

@@ -267,6 +267,7 @@ def _draft(model, tokenizer, config: TrainConfig) -> DSparkDraftModel:
         )
         draft = DSparkDraftModel(shape)
         draft.bind_target(model)
+    draft.config.confidence_temperatures = None  # they belong to the heads as they were before
     draft.to(model.device, torch.float32).train()
     if config.trainable == "heads":
         draft.requires_grad_(False)
