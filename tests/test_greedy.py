@@ -20,7 +20,7 @@ from tiny import (
     speculate,
 )
 
-from hf_dspark import ConfidenceThreshold, FixedLength
+from hf_dspark import ConfidenceThreshold, DSparkDraftModel, FixedLength
 
 PROMPT_LENGTH, NEW_TOKENS = 9, 4 * WINDOW
 CASES_PER_KIND = 20
@@ -69,6 +69,28 @@ def test_garbage_draft_has_almost_nothing_accepted():
     draft = make_tiny_draft(target, seed=2)
     assert speculate(target, draft, prompt, max_new_tokens=NEW_TOKENS).tolist() == expected.tolist()
     assert 1.0 <= draft.last_stats.tau < 1.3  # a token is right by chance once in 64
+
+
+class _CountingDraft(DSparkDraftModel):
+    """No opinion of its own: what it proposes is its Markov head's alone."""
+
+    def compute_logits(self, hidden_states):
+        return torch.zeros(*hidden_states.shape[:-1], self.config.vocab_size)
+
+
+@pytest.mark.core
+def test_each_drafted_token_decides_the_bias_on_the_next():
+    """A transition table that says "one more": the block counts on from the anchor."""
+    target, prompt, _ = _reference("qwen3")
+    draft = make_tiny_draft(target, rank=64, draft_class=_CountingDraft)
+    with torch.no_grad():
+        draft.markov_head.markov_w1.weight.copy_(torch.eye(64))
+        draft.markov_head.markov_w2.weight.copy_(torch.eye(64).roll(1, dims=0))
+    output = _rounds(target, draft, prompt, max_new_tokens=NEW_TOKENS)
+    anchor = output.sequences[0, PROMPT_LENGTH].item()
+    for r in output.rounds[: -draft.config.block_size]:
+        assert r.drafted == [(anchor + k) % 64 for k in range(1, draft.config.block_size + 1)]
+        anchor = r.emitted[-1]
 
 
 @pytest.mark.parametrize("head", HEADS)
