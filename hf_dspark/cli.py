@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .cli_calibrate import add_commands as add_calibrate_command
 from .cli_eval import add_commands as add_eval_commands
+from .cli_options import device, positive
 from .cli_train import add_commands as add_train_command
 from .comparison import compare
 from .demo import DEMO_PROMPTS, demo_draft_folder, demo_target_folder, load_demo_target
@@ -180,16 +181,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--draft", required=True, help="folder or Hub name of its DSpark draft")
     generate.add_argument("--prompt", action="append", help="may be repeated; without it, stdin is the prompt")
     generate.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32", "float16"))
-    generate.add_argument("--device", default="auto", type=_device, help='"auto" (default), "cpu", "cuda:1", ...')
-    generate.add_argument("--threads", type=_positive, help="of PyTorch on a CPU")
+    generate.add_argument("--device", default="auto", type=device, help='"auto" (default), "cpu", "cuda:1", ...')
+    generate.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
     _add_generation(generate, num_assistant_tokens=None)
     generate.set_defaults(run=_generate)
 
     demo = commands.add_parser("demo", help="SmolLM2-135M-Instruct with the shipped draft, on three prompts")
     demo.add_argument("--prompt", action="append", help="instead of the demo's own; may be repeated")
     demo.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
-    demo.add_argument("--device", default="cpu", type=_device)
-    demo.add_argument("--threads", default=1, type=_positive, help="default 1: so small a model gains nothing by more")
+    demo.add_argument("--device", default="cpu", type=device)
+    demo.add_argument("--threads", default=1, type=positive, help="default 1: so small a model gains nothing by more")
     _add_generation(demo, num_assistant_tokens=4)
     demo.set_defaults(run=_demo)
     add_train_command(commands)
@@ -201,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_generation(parser: argparse.ArgumentParser, *, num_assistant_tokens: int | None) -> None:
     default = "the draft's own" if num_assistant_tokens is None else num_assistant_tokens
     add = parser.add_argument
-    add("--max-new-tokens", default=128, type=_positive)
+    add("--max-new-tokens", default=128, type=positive)
     add("--temperature", default=0.0, type=float, help="0 (default) is greedy")
     add("--top-p", type=float, help="with a temperature; default: the target's own")
     add("--top-k", type=int, help="with a temperature; default: the target's own")
@@ -215,20 +216,3 @@ def _add_generation(parser: argparse.ArgumentParser, *, num_assistant_tokens: in
     add("--no-chat-template", dest="chat_template", action="store_false", help="take the prompt as it is")
     add("--seed", type=int, help="of the sampling")
     add("--no-compare", dest="compare", action="store_false", help="do not measure plain generation")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:  # an unknown name; a PyTorch without CUDA
-            reason = str(error).partition("\n")[0]
-            raise argparse.ArgumentTypeError(f"{name!r} cannot be used here: {reason}") from None
-    return name

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from .calibrate import calibrate, output_folder, write_temperatures
+from .cli_options import positive
 from .eval.prompts import encode_prompt
 from .modeling_dspark import DSparkDraftModel
 from .train.prompts import read_prompts
@@ -24,8 +25,8 @@ def add_commands(subparsers) -> None:
         help="jsonl with `turns` (the first is the prompt), text with a prompt a line, a data set, or self:N (the "
         "target writes N itself); none that the draft was trained on",
     )
-    add("--num-prompts", default=128, type=_positive, help="only the first of them (default 128); half are fitted on")
-    add("--max-new-tokens", default=128, type=_positive)
+    add("--num-prompts", default=128, type=positive, help="only the first of them (default 128); half are fitted on")
+    add("--max-new-tokens", default=128, type=positive)
     add("--temperature", default=1.0, type=float, help="that the draft will be used at (default 1); 0 is greedy")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32", "float16"))
     add("--no-chat-template", dest="chat_template", action="store_false", help="take the prompts as they are")
@@ -62,10 +63,3 @@ def _calibrate(args: argparse.Namespace) -> None:
         f"ECE {calibration.ece_before:.1%} before, {calibration.ece_after:.1%} after, on other prompts than the "
         f"{calibration.num_samples} rounds of the fit; written to {folder}"
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .cards import render_card
+from .cli_options import device, positive
 from .eval.benchmark import run_benchmark
 from .eval.plots import plot_benchmark
 from .eval.prompts import read_prompts
@@ -43,17 +44,17 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", required=True, help="folder or Hub name of the target")
     add("--draft", required=True, action="append", help="folder or Hub name of a draft; may be repeated")
     add("--prompts", required=True, metavar="FILE", help="jsonl with `turns`; the first turn is the prompt")
-    add("--num-prompts", type=_positive, metavar="N", help="only the first N")
-    add("--max-new-tokens", default=128, type=_positive)
+    add("--num-prompts", type=positive, metavar="N", help="only the first N")
+    add("--max-new-tokens", default=128, type=positive)
     add("--temperature", default=0.0, type=float, help="0 (default) is greedy")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32", "float16"))
-    add("--block-size", type=_positive, help="drafted tokens verified in a round; default: the draft's own")
+    add("--block-size", type=positive, help="drafted tokens verified in a round; default: the draft's own")
     add("--no-chat-template", dest="chat_template", action="store_false", help="take the prompts as they are")
     add("--threshold-sweep", action="store_true", help="also the first draft at confidence thresholds 0 to 0.8")
     add("--json", metavar="FILE", help="write the JSON there, too")
-    add("--threads", type=_positive, help="of PyTorch on a CPU")
+    add("--threads", type=positive, help="of PyTorch on a CPU")
     add("--seed", default=0, type=int, help="of the first prompt's sampling; the next prompt has the next")
-    add("--device", default="auto", type=_device, help='"auto" (default), "cpu", "cuda:1", ...')
+    add("--device", default="auto", type=device, help='"auto" (default), "cpu", "cuda:1", ...')
 
 
 def _bench(args: argparse.Namespace, command: str) -> None:
@@ -156,20 +157,3 @@ def _rich_table():
     except ImportError:
         return None
     return Console(), Table(*_HEADINGS)
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:  # an unknown name; a PyTorch without CUDA
-            reason = str(error).partition("\n")[0]
-            raise argparse.ArgumentTypeError(f"{name!r} cannot be used here: {reason}") from None
-    return name
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

@@ -15,7 +15,7 @@ ROWS = [
     ["cli"],
     ["cli_calibrate", "cli_eval", "cli_train"],
     ["calibrate", "cards", "demo", "train"],
-    ["comparison", "eval"],
+    ["comparison", "eval", "cli_options"],
     ["modeling_dspark"],
     ["door", "generate", "backbone_qwen3", "hub"],
     ["candidate_generator"],
