@@ -81,4 +81,4 @@ def test_real_target_is_equal_in_fp32_and_accepted_at_its_floor():
         texts = [json.loads(line)["turns"][0] for line in GSM8K.read_text().splitlines()[:2]]
     draft = DSparkDraftModel.from_pretrained(demo_draft_folder(), target=target, dtype=torch.float32)
     tau = _tau(target, draft, [_chat(tokenizer, text) for text in texts[:2]], max_new_tokens=32)
-    assert tau >= 1.7  # recorded 2.36 over 20 GSM8K prompts of 64 tokens; two short ones scatter
+    assert tau >= 1.7  # recorded 2.27 over 20 unseen GSM8K prompts of 64 tokens; two short ones scatter
