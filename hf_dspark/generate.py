@@ -128,8 +128,9 @@ class _Call:
     def _first_token(self, state: DecodeState, candidates, outputs: Any, streamer) -> None:
         """The prompt's features go to the draft; its next token is the target's alone."""
         features = candidates.tap.take(outputs)
-        candidates.observe_prompt(features, state.model_kwargs)
         state.cache_length += features.shape[1]
+        _check_prompt_length(self.target, state.model_kwargs[CACHE], state.cache_length)
+        candidates.observe_prompt(features, state.model_kwargs)
         verification = read_verification(outputs, 0, state.input_ids.device)
         decision = self._decide(state, verification, state.input_ids[:, :0], None)
         self._commit(state, verification, decision, is_prefill=True)
@@ -317,6 +318,11 @@ def _check_request(target: PreTrainedModel, input_ids: torch.Tensor, synced_gpus
             f"A DSpark draft reads the hidden states of a decoder-only target, and {type(target).__name__} is an "
             "encoder-decoder. Call generate() without `assistant_model`."
         )
+    if getattr(target.config, "is_decoder", True) is False:  # only architectures that are both have this field
+        raise ValueError(
+            f"{type(target).__name__} attends in both directions (`config.is_decoder` is False): drafted tokens "
+            "would change what it says before them. Load it with `is_decoder=True`, or leave out `assistant_model`."
+        )
     if input_ids.shape[0] > 1:
         raise ValueError(
             f"Speculative decoding runs one sequence at a time for now, got {input_ids.shape[0]} (batch size times "
@@ -326,6 +332,15 @@ def _check_request(target: PreTrainedModel, input_ids: torch.Tensor, synced_gpus
         raise ValueError(
             "`synced_gpus=True` (FSDP or ZeRO-3 over several processes) is not supported with a DSpark draft: "
             "processes would run different numbers of forwards. Call generate() without `assistant_model`."
+        )
+
+
+def _check_prompt_length(target: PreTrainedModel, cache: Cache, num_read: int) -> None:
+    """Refuse a target whose cache holds more positions than it read tokens (a prompt of its own in front of them)."""
+    if cache.get_seq_length() != num_read:
+        raise ValueError(
+            f"{type(target).__name__} has {cache.get_seq_length()} positions in its cache for {num_read} tokens: it "
+            "adds positions of its own, so blocks cannot be verified. Call generate() without `assistant_model`."
         )
 
 

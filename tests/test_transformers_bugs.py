@@ -490,3 +490,24 @@ def test_speculative_call_raises_no_warning_of_a_deprecation(target, noisy, prom
         warnings.simplefilter("error", DeprecationWarning)
         speculate(target, noisy, prompt, max_new_tokens=NEW_TOKENS, return_dict_in_generate=True)
         speculate(target, noisy, prompt, max_new_tokens=NEW_TOKENS, schedule=FixedLength(0))
+
+
+# Targets that would be wrong in silence.
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", ["roberta", "camembert", "megatron-bert"])
+def test_target_that_attends_in_both_directions_is_refused_and_as_a_decoder_it_equals_plain(kind, prompt):
+    target = make_tiny_target(kind, seed=1)
+    with pytest.raises(ValueError, match="both directions"):
+        speculate(target, make_tiny_draft(target), prompt, max_new_tokens=4)
+    target = make_tiny_target(kind, seed=1, is_decoder=True)
+    expected = plain(target, prompt, max_new_tokens=NEW_TOKENS)
+    draft = make_draft_of_quality(target, expected[0].tolist(), "noisy")
+    assert speculate(target, draft, prompt, max_new_tokens=NEW_TOKENS).tolist() == expected.tolist()
+
+
+def test_target_that_puts_positions_of_its_own_in_front_is_refused(prompt):
+    target = make_tiny_target("cpmant", seed=1)
+    with pytest.raises(ValueError, match="positions of its own"):
+        speculate(target, make_tiny_draft(target), prompt, max_new_tokens=4)
