@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from hf_dspark import DSparkDraftModel
 from hf_dspark.cli import main
 from hf_dspark.train import TrainConfig, train
-from hf_dspark.train.answers import read_samples, write_answers
+from hf_dspark.train.answers import read_answers, write_answers
 from hf_dspark.train.prompts import read_prompts, self_prompts, split_held_out
 from hf_dspark.train.shape import spread_taps
 from hf_dspark.train.trainer import _Run
@@ -165,7 +165,8 @@ def test_answers_are_the_targets_and_an_interrupted_file_is_completed(tmp_path, 
     tokenizer = byte_tokenizer()
     conversations = [[text] for text in PROMPTS[:6]] + [["one", "two"]]
     arguments = {"max_new_tokens": 8, "batch_size": 2, "chat_template": False, "generation": {"do_sample": False}}
-    whole = write_answers(target, tokenizer, conversations, tmp_path / "whole.jsonl", **arguments)
+    write_answers(target, tokenizer, conversations, tmp_path / "whole", **arguments)
+    whole = read_answers(tmp_path / "whole")
     assert [sample.index for sample in whole] == list(range(7))
     first = whole[0]
     (start, stop), ids = first.answer_spans[0], torch.tensor([first.input_ids])
@@ -173,11 +174,14 @@ def test_answers_are_the_targets_and_an_interrupted_file_is_completed(tmp_path, 
     expected = target.generate(ids[:, :start], max_new_tokens=8, do_sample=False)
     assert expected[0, : len(first.input_ids)].tolist() == first.input_ids
     assert stop == len(first.input_ids)
-    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "parts.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # a kill in the middle of a line
-    parts = write_answers(target, tokenizer, conversations, tmp_path / "parts.jsonl", **arguments)
-    assert parts == whole
-    assert len(list(read_samples(tmp_path / "parts.jsonl"))) == 7
+    lines = (tmp_path / "whole" / "answers.0.jsonl").read_text().splitlines(keepends=True)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "answers.0.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # a kill in the middle of a line
+    for process in (1, 0):  # and goes on with two processes
+        write_answers(target, tokenizer, conversations, cut, **arguments, process_index=process, num_processes=2)
+    assert read_answers(cut) == whole
+    assert len((cut / "answers.1.jsonl").read_text().splitlines()) == 2  # its share but for what was there
 
 
 def test_prompts_are_read_from_every_kind_of_source(tmp_path):

@@ -1,7 +1,10 @@
-"""On-policy training text: the target answers the prompts itself, in batches of plain generate(). Resumable."""
+"""On-policy training text: the target answers the prompts itself, in batches of plain generate().
+
+Resumable, and shared between processes: each appends to a part of its own, `answers.{process}.jsonl`.
+"""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,47 +26,60 @@ def write_answers(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[str]],
-    file: Path,
+    folder: Path,
     *,
     max_new_tokens: int = 256,
     batch_size: int = 32,
     chat_template: bool = True,
     seed: int = 0,
     generation: dict | None = None,
-) -> list[Sample]:
-    """Let the target answer every turn of `conversations`; samples are appended to `file` batch by batch.
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> None:
+    """Let the target answer every turn of `conversations`; this process's share of the batches goes to its part.
 
-    What `file` already holds is not written again, and a batch is seeded by its own number, so an interrupted run
-    goes on to the same file. Sampling follows the target's generation config, or `generation` where given.
+    What any part in `folder` holds when this starts is not written again, and a batch is seeded by its own number: an
+    interrupted run goes on to the same text, also with another number of processes. Sampling follows the target's
+    generation config, or `generation` where given.
     """
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(conversations)), key=lambda i: (sum(map(len, conversations[i])), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    done = {sample.index for sample in read_samples(file)} if file.exists() else set()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as out, tqdm(total=len(order), initial=len(done), desc="answers") as bar:
+    done = {sample.index for sample in read_answers(folder)}
+    shares = list(enumerate(batches))[process_index::num_processes]
+    total, written = sum(len(batch) for _, batch in shares), sum(len(done.intersection(batch)) for _, batch in shares)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"answers.{process_index}.jsonl"
+    with file.open("a", encoding="utf-8") as out, tqdm(total=total, initial=written, desc="answers") as bar:
         out.write(_end_of_cut_line(file))
-        for number, batch in enumerate(batches):
+        for number, batch in shares:
             if done.issuperset(batch):
                 continue
             torch.manual_seed(seed + number)
             settings = {"max_new_tokens": max_new_tokens, **(generation or {})}
             samples = _answer_batch(target, tokenizer, conversations, batch, chat_template, settings)
             # A batch is written whole and at once: a kill leaves complete lines, and no part of a batch is lost.
-            out.write("".join(json.dumps(asdict(s)) + "\n" for s in samples if s.index not in done))
+            new = [sample for sample in samples if sample.index not in done]
+            out.write("".join(json.dumps(asdict(sample)) + "\n" for sample in new))
             out.flush()
-            bar.update(len(batch))
-    return sorted(read_samples(file), key=lambda sample: sample.index)
+            bar.update(len(new))
 
 
-def read_samples(file: Path) -> Iterator[Sample]:
-    """The samples of a file that `write_answers` wrote; a last line cut off by a kill is left out."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        yield Sample(row["index"], row["input_ids"], [tuple(span) for span in row["answer_spans"]])
+def read_answers(folder: Path) -> list[Sample]:
+    """The samples of all parts in `folder`, in the order of their conversations; lines cut off by a kill are left out.
+
+    A conversation that two parts hold (written by runs with another number of processes) is there once.
+    """
+    samples = {}
+    for part in sorted(folder.glob("answers.*.jsonl")):
+        for line in part.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            spans = [tuple(span) for span in row["answer_spans"]]
+            samples.setdefault(row["index"], Sample(row["index"], row["input_ids"], spans))
+    return [samples[index] for index in sorted(samples)]
 
 
 @torch.no_grad()

@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from ..compat import enable_activation_checkpointing
 from ..modeling_dspark import DSparkDraftModel
 from .anchors import Blocks, build_blocks, sample_anchors
-from .answers import Sample, write_answers
+from .answers import Sample, read_answers, write_answers
 from .config import TrainConfig
 from .prompts import read_prompts, split_held_out
 from .shape import draft_config
@@ -37,7 +38,10 @@ def train(config: TrainConfig) -> Path:
     run.
     """
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision if config.mixed_precision != "no" else None, log_with=config.tracker
+        mixed_precision=config.mixed_precision if config.mixed_precision != "no" else None,
+        log_with=config.tracker,
+        # A process waits for the others while they write answers, which may take hours.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     output = Path(config.output)
     with accelerator.main_process_first():
@@ -45,8 +49,7 @@ def train(config: TrainConfig) -> Path:
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.target)
     model = AutoModelForCausalLM.from_pretrained(config.target, dtype=config.dtype).to(accelerator.device)
-    with accelerator.main_process_first():  # the others find the files and only read them
-        training, held_out = _samples(model, tokenizer, config, output)
+    training, held_out = _samples(accelerator, model, tokenizer, config, output)
     draft = _draft(model, tokenizer, config)
     target = FrozenTarget(model, draft.config.target_layer_ids)
     states = StateSource(target, output / "states" if config.feature_cache else None, [*training, *held_out])
@@ -206,32 +209,27 @@ def _claim(output: Path, config: TrainConfig) -> None:
         )
 
 
-def _samples(model, tokenizer, config: TrainConfig, output: Path) -> tuple[list[Sample], list[Sample]]:
+def _samples(
+    accelerator: Accelerator, model, tokenizer, config: TrainConfig, output: Path
+) -> tuple[list[Sample], list[Sample]]:
     """Training and held-out samples; what is on disk already is only read."""
-    file = output / "prompts.jsonl"
-    if file.exists():
-        conversations = [json.loads(line)["turns"] for line in file.read_text(encoding="utf-8").splitlines()]
-    else:
-        excluded = [turns[0] for turns in read_prompts(config.exclude)] if config.exclude else []
-        conversations = read_prompts(
-            config.prompts, target=model, tokenizer=tokenizer, seed=config.seed, exclude=excluded
-        )
-        training, held_out = split_held_out(conversations, config.held_out, config.seed)
-        conversations = held_out + training
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in conversations))
-        unfinished.replace(file)
-    samples = write_answers(
+    with accelerator.main_process_first():  # the others find the file
+        conversations = _conversations(model, tokenizer, config, output / "prompts.jsonl")
+    write_answers(
         model,
         tokenizer,
         conversations,
-        output / "answers.jsonl",
+        output,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.answer_batch_size,
         chat_template=config.chat_template,
         seed=config.seed,
         generation=config.generation,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
     )
+    accelerator.wait_for_everyone()
+    samples = read_answers(output)
     cut = [_cut(sample, config.max_length) for sample in samples]
     usable = [sample for sample in cut if any(stop - start > 1 for start, stop in sample.answer_spans)]
     held_out = [sample for sample in usable if sample.index < config.held_out]
@@ -242,6 +240,19 @@ def _samples(model, tokenizer, config: TrainConfig, output: Path) -> tuple[list[
             "rest have answers of under two tokens). Give more prompts, or a smaller `held_out`."
         )
     return training, held_out
+
+
+def _conversations(model, tokenizer, config: TrainConfig, file: Path) -> list[list[str]]:
+    """The run's prompts, those held out first."""
+    if file.exists():
+        return [json.loads(line)["turns"] for line in file.read_text(encoding="utf-8").splitlines()]
+    excluded = [turns[0] for turns in read_prompts(config.exclude)] if config.exclude else []
+    conversations = read_prompts(config.prompts, target=model, tokenizer=tokenizer, seed=config.seed, exclude=excluded)
+    training, held_out = split_held_out(conversations, config.held_out, config.seed)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in held_out + training))
+    unfinished.replace(file)
+    return held_out + training
 
 
 def _cut(sample: Sample, max_length: int) -> Sample:
