@@ -37,6 +37,11 @@ def add_commands(commands) -> None:
     add("--taps", type=int, nargs="+", help="target layers the draft reads; default: five, spread evenly")
     option("mask_token_id", "token of the block's masks; default: one that text does not use", type=int)
     add("--no-confidence", dest="confidence", action="store_false", help="no confidence head")
+    option(
+        "draft_vocab_size",
+        "the draft proposes only so many tokens, the answers' most frequent; default: all",
+        type=int,
+    )
     option("warm_start", "draft to start from; its shape is kept")
     option("trainable", "what of it is trained", choices=("all", "heads"))
     option("learning_rate", "peak of the cosine", type=float)

@@ -21,6 +21,8 @@ class DSparkConfig(PreTrainedConfig):
         target_layer_ids: target layers the draft reads, 0-based outputs, strictly increasing; -1 is the embedding.
         mask_token_id: input token of block positions 2 to `block_size`.
         num_target_layers: decoder layers of the target the draft was trained for; None if unknown.
+        draft_vocab_size: number of the target's tokens that the draft can propose (its `d2t` tensor lists them); None
+            is the whole vocabulary.
         markov_rank: rank of the sequential head; 0 is a draft without one.
         markov_head_type: "vanilla", "gated" or "rnn".
         enable_confidence_head, confidence_head_with_markov: whether there is one, and whether it reads W1[x_{k-1}].
@@ -51,6 +53,7 @@ class DSparkConfig(PreTrainedConfig):
     target_layer_ids: list[int] | None = None
     mask_token_id: int | None = None
     num_target_layers: int | None = None
+    draft_vocab_size: int | None = None
     markov_rank: int = 256
     markov_head_type: str = "vanilla"
     enable_confidence_head: bool = True
@@ -87,6 +90,11 @@ class DSparkConfig(PreTrainedConfig):
             raise ValueError(
                 f"`mask_token_id` must be a token of the vocabulary (0 to {self.vocab_size - 1}), got "
                 f"{self.mask_token_id}. It is part of the trained draft: take it from its model card."
+            )
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"`draft_vocab_size` counts tokens of the target's vocabulary of {self.vocab_size} and must be 1 to "
+                f"that, or None for all of them; got {self.draft_vocab_size}."
             )
         if self.markov_rank < 0:
             raise ValueError(f"`markov_rank` must be 0 (no sequential head) or more, got {self.markov_rank}.")

@@ -27,6 +27,7 @@ _DRAFT_FIELDS = (
     "target_layer_ids",
     "mask_token_id",
     "num_target_layers",
+    "draft_vocab_size",
     "markov_rank",
     "markov_head_type",
     "enable_confidence_head",

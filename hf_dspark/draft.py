@@ -57,6 +57,7 @@ def _sample_block(draft, hidden_states, base_logits, anchor_ids, sampler: Sample
         if head is not None:
             bias, state = head(tokens[:, -1], hidden_states[:, k], state)
             logits = logits + bias.float()
+        logits = draft.to_target_vocabulary(logits)
         next_ids, law = sampler(logits, tokens[:, 1:])
         tokens = torch.cat([tokens, next_ids.to(tokens.device).unsqueeze(-1)], dim=1)
         draft_logits.append(logits)

@@ -1,7 +1,8 @@
 """The sequential stage and the confidence head of a draft (paper section 2); parameter names are the checkpoints'.
 
 A Markov-type head turns the previous token (and the position's hidden state) into a transition bias B_k on the base
-logits U_k. Heads carry an explicit state from position to position; only the recurrent one uses it.
+logits U_k. Heads carry an explicit state from position to position; only the recurrent one uses it. Where the draft
+has a vocabulary of its own, previous tokens are the target's ids and logits are over the draft's tokens.
 """
 
 import torch
@@ -10,13 +11,42 @@ from torch import nn
 from .configuration_dspark import DSparkConfig
 
 
+class SelectedRows(nn.Module):
+    """A target's lm_head for some of its tokens: their rows, copied at the first use and when they change."""
+
+    def __init__(self, head: nn.Module, token_ids: torch.Tensor):
+        super().__init__()
+        self._head, self._token_ids = (head,), token_ids  # a tuple: the target's module is no part of this one
+        self._copied_from: tuple | None = None
+
+    @property
+    def source(self) -> nn.Module:
+        """The lm_head whose rows these are."""
+        return self._head[0]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., tokens]."""
+        head, ids = self.source, self._token_ids
+        weight = head.weight
+        if not weight.is_floating_point() or weight.device.type == "meta":  # quantised or offloaded
+            logits = head(hidden_states)
+            return logits[..., ids.to(logits.device)]
+        version = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
+        if version != self._copied_from:
+            ids = ids.to(weight.device)
+            bias = getattr(head, "bias", None)
+            self._weight, self._bias = weight.detach()[ids], None if bias is None else bias.detach()[ids]
+            self._copied_from = version
+        return nn.functional.linear(hidden_states.to(weight.device, weight.dtype), self._weight, self._bias)
+
+
 class MarkovHead(nn.Module):
     """`vanilla`: B_k = W2 · W1[x_{k-1}], a low-rank table of token transitions."""
 
     def __init__(self, config: DSparkConfig):
         super().__init__()
         self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
-        self.markov_w2 = nn.Linear(config.markov_rank, config.vocab_size, bias=False)
+        self.markov_w2 = nn.Linear(config.markov_rank, config.draft_vocab_size or config.vocab_size, bias=False)
 
     def previous_embedding(self, previous_ids: torch.Tensor) -> torch.Tensor:
         """W1[x] [..., r] for token ids [...]."""
@@ -28,7 +58,7 @@ class MarkovHead(nn.Module):
         hidden_states: torch.Tensor,  # [B, H]  of the position that is sampled
         state: torch.Tensor | None,  # [B, r] or None at the first position
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Transition bias B_k [B, V] and the state for the next position."""
+        """Transition bias B_k [B, V] (of the draft's tokens) and the state for the next position."""
         latent, state = self.latent(previous_ids, hidden_states, state)
         return self.markov_w2(latent), state
 

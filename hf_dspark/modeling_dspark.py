@@ -18,7 +18,7 @@ from .dialects import read_dialect
 from .door import UnpatchedDoor, install
 from .features import num_target_layers
 from .generate import SpeculativeDecoding
-from .heads import build_heads
+from .heads import SelectedRows, build_heads
 from .hub import HUB_ARGUMENTS, Checkpoint, find_checkpoint
 from .state import GenerationStats
 
@@ -51,13 +51,16 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         backbone = BACKBONES[config.backbone_type]
         hidden_size = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden_size) if config.has_embed_tokens else None
-        self.lm_head = nn.Linear(hidden_size, config.vocab_size, bias=False) if config.has_lm_head else None
+        num_tokens = config.draft_vocab_size or config.vocab_size
+        self.lm_head = nn.Linear(hidden_size, num_tokens, bias=False) if config.has_lm_head else None
         self.fc = nn.Linear(len(config.target_layer_ids) * hidden_size, hidden_size, bias=False)
         self.hidden_norm = backbone.RMSNorm(hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(backbone.DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = backbone.RMSNorm(hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = backbone.RotaryEmbedding(config)
         self.markov_head, self.confidence_head = build_heads(config)
+        if config.draft_vocab_size is not None:  # draft token i is token i + d2t[i] of the target
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.generation_config = GenerationConfig()
         self.last_stats: GenerationStats | None = None
         self._borrowed = _Borrowed()
@@ -84,12 +87,31 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         return self.norm(hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Base logits U_k [..., V] in fp32, by the draft's own lm_head or the target's."""
+        """Base logits U_k [..., V] of the draft's tokens in fp32, by the draft's own lm_head or the target's."""
         head = self.lm_head if self.lm_head is not None else self._borrowed.get("lm_head")
-        weight = head.weight
-        like = weight if weight.is_floating_point() and weight.device.type != "meta" else None
+        weight = getattr(head, "weight", None)  # SelectedRows moves its inputs itself
+        like = weight if weight is not None and weight.is_floating_point() and weight.device.type != "meta" else None
         inputs = hidden_states if like is None else hidden_states.to(like.device, like.dtype)
         return head(inputs).to(hidden_states.device, torch.float32)
+
+    @property
+    def draft_token_ids(self) -> torch.Tensor | None:
+        """The target's ids [V] of the draft's tokens; None where the draft proposes from the whole vocabulary."""
+        if self.config.draft_vocab_size is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def set_draft_tokens(self, token_ids: torch.Tensor) -> None:
+        """Make `token_ids` [V], ids of the target in rising order, the draft's vocabulary."""
+        self.d2t.copy_(token_ids.to(self.d2t.device) - torch.arange(len(self.d2t), device=self.d2t.device))
+
+    def to_target_vocabulary(self, draft_logits: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] over the target's vocabulary from logits of the draft's tokens: -inf elsewhere."""
+        if self.config.draft_vocab_size is None:
+            return draft_logits
+        ids = self.draft_token_ids.to(draft_logits.device)
+        everywhere = draft_logits.new_full((draft_logits.shape[0], self.config.vocab_size), -torch.inf)
+        return everywhere.index_copy_(1, ids, draft_logits)
 
     def new_cache(self) -> Cache:
         """An empty cache for the draft's context."""
@@ -113,7 +135,12 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         if self.embed_tokens is None:
             self._borrowed.embed_tokens = target.get_input_embeddings()
         if self.lm_head is None:
-            self._borrowed.lm_head = target.get_output_embeddings()
+            head = target.get_output_embeddings()
+            ids = self.draft_token_ids
+            if ids is None:
+                self._borrowed.lm_head = head
+            elif self._borrowed.lm_head is None or self._borrowed.lm_head.source is not head:
+                self._borrowed.lm_head = SelectedRows(head, ids)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         embedding = self.embed_tokens if self.embed_tokens is not None else self._borrowed.get("embed_tokens")

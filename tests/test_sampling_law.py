@@ -89,7 +89,8 @@ class PositionalDraft(DSparkDraftModel):
         if self.marginals is None:
             return super().compute_logits(hidden_states)
         positions = self._block_positions[:, : hidden_states.shape[1]] + 1  # a position predicts the token after it
-        return (self.marginals[positions.clamp_max(len(self.marginals) - 1)] + 1e-3).log()
+        logits = (self.marginals[positions.clamp_max(len(self.marginals) - 1)] + 1e-3).log()
+        return logits if self.draft_token_ids is None else logits[..., self.draft_token_ids]
 
 
 def _trigram_target(vocab_size=5, change=None):
@@ -213,6 +214,14 @@ SETTINGS = {
     },
 }
 SETTINGS |= {
+    "draft vocabulary": {"kwargs": {}, "head": "vanilla", "informed": True, "draft_tokens": [0, 1, 3]},
+    "draft vocabulary, top-k and top-p": {
+        "kwargs": {"temperature": 1.2, "top_k": 4, "top_p": 0.9},
+        "head": "none",
+        "informed": True,
+        "draft_tokens": [1, 2],
+        "num_draws": 1500,
+    },
     "processor of the user's own": {
         "kwargs": {"logits_processor": LogitsProcessorList([AgainstRepeats()]), "eos_token_id": 2},
         "head": "gated",
@@ -239,7 +248,11 @@ def _sample(setting, seed=1):
     target = _llama() if real else _trigram_target()
     draft_class = DSparkDraftModel if real else PositionalDraft
     taps = (-1,) if real else (0,)
-    draft = make_tiny_draft(target, head=head, taps=taps, block_size=4, draft_class=draft_class)
+    tokens = setting.get("draft_tokens")
+    shape = {} if tokens is None else {"draft_vocab_size": len(tokens)}
+    draft = make_tiny_draft(target, head=head, taps=taps, block_size=4, draft_class=draft_class, **shape)
+    if tokens is not None:
+        draft.set_draft_tokens(torch.tensor(tokens))
     options = {
         "new_tokens": setting.get("new_tokens", NEW_TOKENS),
         "schedule": setting.get("schedule", FixedLength()),

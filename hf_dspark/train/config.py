@@ -16,6 +16,7 @@ class TrainConfig:
         layers, block_size, markov_rank, head, taps, mask_token_id, confidence: shape of the draft (`draft_config`).
         warm_start: folder or name of a draft to start from, whose shape is kept.
         trainable: "all" or "heads" (sequential and confidence head only).
+        draft_vocab_size: the draft proposes only the tokens most frequent in the answers, so many of them.
         num_anchors: blocks trained in each sequence of a step.
         position_decay: d of the weights exp(-(k-1)/d).
         max_new_tokens, max_length: of an answer; of a sequence (longer ones are cut).
@@ -37,6 +38,7 @@ class TrainConfig:
     taps: list[int] | None = None
     mask_token_id: int | None = None
     confidence: bool = True
+    draft_vocab_size: int | None = None
     warm_start: str | None = None
     trainable: str = "all"
     learning_rate: float = 6e-4

@@ -1,8 +1,12 @@
 """The training loss (paper section 5): 0.1 CE + 0.9 L1 + 1.0 confidence, each a weighted mean over supervised rows.
 
-Full-vocabulary tensors exist for one chunk of rows at a time, in the forward pass only: the gradient of a row's loss
-in its logits is known in closed form, so it goes through the heads at once and only gradients of their inputs stay.
-Peak memory of such tensors, in bytes, for chunks of C rows and a vocabulary V: `CHUNK_BYTES * C * V`.
+Logits exist for one chunk of rows at a time, in the forward pass only: the gradient of a row's loss in its logits is
+known in closed form, so it goes through the heads at once and only gradients of their inputs stay. Peak memory of such
+tensors, in bytes, for chunks of C rows and a draft of V tokens: `CHUNK_BYTES * C * V`. (Reading the target adds its
+whole vocabulary in fp32 for 64 rows, before.)
+
+Where the draft has a vocabulary of its own, what the target gives to other tokens counts in full in the L1, and a
+label outside has no cross entropy.
 """
 
 from collections.abc import Callable
@@ -12,8 +16,8 @@ import torch
 from torch import nn
 
 CE_WEIGHT, L1_WEIGHT, CONFIDENCE_WEIGHT = 0.1, 0.9, 1.0
-# Per row and token: draft logits and target logits in fp32, their parts in the heads' dtype and a copy while they are
-# made, and the gradient in the heads' dtype (at most fp32). tests/test_train_loss.py counts them.
+# Per row and token: draft logits and target probabilities in fp32, their parts in the heads' dtype and a copy while
+# they are made, and the gradient in the heads' dtype (at most fp32). tests/test_train_loss.py counts them.
 CHUNK_BYTES = 6 * 4
 
 
@@ -21,19 +25,20 @@ CHUNK_BYTES = 6 * 4
 class RowOutcomes:
     """What is known of each row [R], without gradient."""
 
-    cross_entropy: torch.Tensor  # -log p_draft(label)
+    cross_entropy: torch.Tensor  # -log p_draft(label); 0 for labels that the draft cannot propose
     overlap: torch.Tensor  # 1 - 1/2 ||p_draft - p_target||_1: probability that a sampled token is accepted
     agrees: torch.Tensor  # the two argmaxes are one: a greedy token is accepted
 
 
 def block_loss(
     draft_logits_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    target_logits_of: Callable[[torch.Tensor], torch.Tensor],
+    target_probs_of: Callable[[torch.Tensor], torch.Tensor],
     hidden_states: torch.Tensor,  # [R, H]  of the draft
     latents: torch.Tensor,  # [R, r]  what the sequential head projects to its bias; r = 0 without one
     bias_weight: torch.Tensor | None,  # [V, r]  of that projection, used by `draft_logits_of`
-    target_states: torch.Tensor,  # [R, H]  what the target's lm_head reads
-    labels: torch.Tensor,  # [R]  the next token of the text
+    target_rows: torch.Tensor,  # [R]  what `target_probs_of` is asked for
+    labels: torch.Tensor,  # [R]  the next token of the text as a token of the draft; -1: the draft has none for it
+    best_ids: torch.Tensor,  # [R]  the target's argmax, likewise
     confidence_logits: torch.Tensor | None,  # [R]
     weights: torch.Tensor,  # [R]
     *,
@@ -44,7 +49,7 @@ def block_loss(
         hidden_states,
         latents,
         bias_weight,
-        (draft_logits_of, target_logits_of, target_states, labels, weights.float(), chunk_rows),
+        (draft_logits_of, target_probs_of, target_rows, labels, best_ids, weights.float(), chunk_rows),
     )
     outcomes = RowOutcomes(*outcomes)
     if confidence_logits is not None:
@@ -59,7 +64,7 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, latents, bias_weight, arguments):
-        draft_logits_of, target_logits_of, target_states, labels, weights, chunk_rows = arguments
+        draft_logits_of, target_probs_of, target_rows, labels, best_ids, weights, chunk_rows = arguments
         inputs = [hidden_states, latents] if bias_weight is None else [hidden_states, latents, bias_weight]
         gradients = [torch.zeros_like(tensor) for tensor in inputs]
         needed = [tensor.requires_grad for tensor in inputs]
@@ -73,7 +78,7 @@ class _LogitsLoss(torch.autograd.Function):
                     leaf.requires_grad_(is_needed)
                 logits = draft_logits_of(*leaves[:2])
             loss, gradient, *outcome = _rows(
-                logits.detach(), target_logits_of(target_states[rows]), labels[rows], weights[rows]
+                logits.detach(), target_probs_of(target_rows[rows]), labels[rows], best_ids[rows], weights[rows]
             )
             losses.append(loss)
             outcomes.append(outcome)
@@ -96,25 +101,31 @@ class _LogitsLoss(torch.autograd.Function):
 
 
 def _rows(
-    draft_logits: torch.Tensor, target_logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    draft_logits: torch.Tensor,
+    target_probs: torch.Tensor,
+    labels: torch.Tensor,
+    best_ids: torch.Tensor,
+    weights: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """Loss, its gradient in the draft logits [C, V], and CE, overlap and agreement of each row. Overwrites its inputs.
 
     d CE / d z = p - e_label; d ||p - q||_1 / d z = p * (s - <s, p>) with s = sign(p - q).
     """
-    labels, weights = labels.unsqueeze(-1), weights.unsqueeze(-1)
-    agrees = draft_logits.argmax(-1) == target_logits.argmax(-1)
+    is_known = labels >= 0
+    labels, weights = labels.clamp_min(0).unsqueeze(-1), weights.unsqueeze(-1)
+    ce_weights = CE_WEIGHT * weights * is_known.unsqueeze(-1)
+    agrees = draft_logits.argmax(-1) == best_ids
     label_logits = draft_logits.gather(-1, labels)
     draft_probs, log_normaliser = _softmax_(draft_logits)
-    target_probs, _ = _softmax_(target_logits)
-    cross_entropy = log_normaliser - label_logits
+    cross_entropy = (log_normaliser - label_logits) * is_known.unsqueeze(-1)
+    mass_outside = (1 - target_probs.sum(-1, keepdim=True)).clamp_min(0)
     sign = target_probs.neg_().add_(draft_probs)
-    l1 = torch.linalg.vector_norm(sign, ord=1, dim=-1, keepdim=True)
+    l1 = torch.linalg.vector_norm(sign, ord=1, dim=-1, keepdim=True) + mass_outside
     sign.sign_()
     mean_sign = torch.linalg.vecdot(sign, draft_probs).unsqueeze(-1)
-    gradient = sign.sub_(mean_sign).mul_(L1_WEIGHT * weights).add_(CE_WEIGHT * weights).mul_(draft_probs)
-    gradient.scatter_add_(-1, labels, -CE_WEIGHT * weights)
-    loss = (weights * (CE_WEIGHT * cross_entropy + L1_WEIGHT * l1)).sum()
+    gradient = sign.sub_(mean_sign).mul_(L1_WEIGHT * weights).add_(ce_weights).mul_(draft_probs)
+    gradient.scatter_add_(-1, labels, -ce_weights)
+    loss = (ce_weights * cross_entropy + L1_WEIGHT * weights * l1).sum()
     overlap = (1 - 0.5 * l1).clamp(0, 1)
     return loss, gradient, cross_entropy.squeeze(-1), overlap.squeeze(-1), agrees
 

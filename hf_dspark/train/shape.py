@@ -1,9 +1,13 @@
 """The shape of a new draft: inherited from its target, changed by flags."""
 
+from collections.abc import Sequence
+
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_dspark import DSparkConfig
 from ..features import num_target_layers
+from .answers import Sample
 
 
 def spread_taps(num_layers: int, count: int) -> list[int]:
@@ -13,6 +17,15 @@ def spread_taps(num_layers: int, count: int) -> list[int]:
     if count == 1:
         return [last]
     return sorted({round(first + i * (last - first) / (count - 1)) for i in range(count)})
+
+
+def frequent_tokens(samples: Sequence[Sample], count: int, vocab_size: int) -> torch.Tensor:
+    """Ids [count], rising, of the tokens that the answers of `samples` hold most often."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for sample in samples:
+        for start, stop in sample.answer_spans:
+            counts += torch.tensor(sample.input_ids[start:stop]).bincount(minlength=vocab_size)
+    return counts.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def draft_config(
@@ -27,6 +40,7 @@ def draft_config(
     taps: list[int] | None = None,
     mask_token_id: int | None = None,
     confidence: bool = True,
+    draft_vocab_size: int | None = None,
 ) -> DSparkConfig:
     """A draft for `target`: heads, widths and rope are the target's; sizes of the draft are the arguments."""
     theirs = target.config.get_text_config(decoder=True)
@@ -49,6 +63,7 @@ def draft_config(
         target_layer_ids=taps or spread_taps(num_target_layers(target), num_taps),
         num_target_layers=num_target_layers(target),
         mask_token_id=mask_token_id if mask_token_id is not None else _mask_token(tokenizer),
+        draft_vocab_size=draft_vocab_size,
         markov_rank=markov_rank,
         markov_head_type=head,
         enable_confidence_head=confidence,

@@ -1,6 +1,7 @@
 """Where training gets the target's states from: computed in the step, or read from a cache on disk."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,7 @@ logger = logging.get_logger(__name__)
 class StateSource:
     """States of samples; with a `folder`, each is computed once and kept there.
 
-    Size on disk in bytes: tokens of all samples * (taps + 1) * hidden size * bytes of the target's dtype.
+    Size on disk in bytes: tokens of all samples * ((taps + 1) * hidden size * bytes of the target's dtype + 12).
     """
 
     def __init__(self, target: FrozenTarget, folder: Path | None, samples: Sequence[Sample]):
@@ -25,7 +26,8 @@ class StateSource:
             folder.mkdir(parents=True, exist_ok=True)
             config = target.model.config.get_text_config(decoder=True)
             tokens = sum(len(sample.input_ids) for sample in samples)
-            size = tokens * (len(target.target_layer_ids) + 1) * config.hidden_size * target.model.dtype.itemsize
+            width = (len(target.target_layer_ids) + 1) * config.hidden_size
+            size = tokens * (width * target.model.dtype.itemsize + 12)  # 12: log_normalisers and best_ids
             logger.warning(f"The cache of the target's states in {folder} will take {size / 1e9:.2f} GB.")
 
     def read(self, sample: Sample) -> TargetStates:
@@ -37,6 +39,6 @@ class StateSource:
             return TargetStates(**load_file(file, device=str(self._target.model.device)))
         states = self._target.read(sample.input_ids)
         unfinished = file.with_suffix(".unfinished")
-        save_file({"features": states.features.contiguous(), "final": states.final.contiguous()}, unfinished)
+        save_file({f.name: getattr(states, f.name).contiguous() for f in fields(states)}, unfinished)
         unfinished.replace(file)
         return states

@@ -17,20 +17,29 @@ class TrainingStep(nn.Module):
         self.draft = draft
         self.chunk_rows = chunk_rows
         self._target = (target,)  # a tuple: the target is no part of this module
+        ids = draft.draft_token_ids
+        draft_ids = torch.full((draft.config.vocab_size,), -1, device=draft.device)
+        if ids is None:
+            draft_ids = torch.arange(draft.config.vocab_size, device=draft.device)
+        else:
+            draft_ids[ids] = torch.arange(len(ids), device=draft.device)
+        self.register_buffer("_draft_ids", draft_ids, persistent=False)  # target id -> draft id, or -1
 
     def forward(self, states: TargetStates, blocks: Blocks) -> tuple[torch.Tensor, RowOutcomes]:
         """Weighted sum of the losses of supervised rows, and their outcomes, in the order of `blocks.weights`."""
         hidden_states, latents, confidence = self.block_outputs(states, blocks)
         supervised = blocks.weights > 0
         target, head = self._target[0], self.draft.markov_head
+        target_rows = blocks.target_rows[supervised]
         return block_loss(
             self._draft_logits,
-            target.logits,
+            lambda rows: target.probs(states, rows),
             hidden_states[supervised],
             latents[supervised],
             None if head is None else head.markov_w2.weight,
-            states.final[blocks.target_rows[supervised]],
-            blocks.labels[supervised],
+            target_rows,
+            self._draft_ids[blocks.labels[supervised]],
+            self._draft_ids[states.best_ids[target_rows]],
             None if confidence is None else confidence[supervised],
             blocks.weights[supervised],
             chunk_rows=self.chunk_rows,

@@ -1,4 +1,4 @@
-"""What training reads of the frozen target: features of the tapped layers, and its logits at chosen positions."""
+"""What training reads of the frozen target: features of the tapped layers, and its law at chosen positions."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..features import FeatureTap
+from ..heads import SelectedRows
+
+# Positions whose full-vocabulary logits exist at once while a sequence is read.
+_READ_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,14 +18,21 @@ class TargetStates:
 
     features: torch.Tensor  # [1, S, m*H]
     final: torch.Tensor  # [S, H]  what the lm_head reads
+    log_normalisers: torch.Tensor  # [S]  logsumexp of the target's logits, fp32
+    best_ids: torch.Tensor  # [S]  their argmax
 
 
 class FrozenTarget:
-    """The target in evaluation mode without gradients, as a source of `TargetStates` and logits."""
+    """The target in evaluation mode without gradients, as a source of `TargetStates` and probabilities.
 
-    def __init__(self, target: PreTrainedModel, target_layer_ids: list[int]):
+    With `token_ids` [V] probabilities are those of these tokens only.
+    """
+
+    def __init__(self, target: PreTrainedModel, target_layer_ids: list[int], token_ids: torch.Tensor | None = None):
         self.model = target.eval().requires_grad_(False)
         self.target_layer_ids = target_layer_ids
+        head = target.get_output_embeddings()
+        self._head = head if token_ids is None else SelectedRows(head, token_ids)
         config = target.config.get_text_config(decoder=True)
         # What transformers' models do behind the lm_head: Gemma caps, Cohere multiplies, Granite divides.
         self._softcap = getattr(config, "final_logit_softcapping", None)
@@ -30,7 +41,7 @@ class FrozenTarget:
 
     @torch.no_grad()
     def read(self, input_ids: list[int]) -> TargetStates:
-        """Features and final states of `input_ids`.
+        """Features and final states of `input_ids`, and of each position's law what a part of it does not tell.
 
         Raises ValueError where the target's logits are not made from its final states in a way known here.
         """
@@ -38,20 +49,32 @@ class FrozenTarget:
         decoder = self.model.get_decoder()
         with FeatureTap(self.model, self.target_layer_ids) as tap:
             outputs = decoder(ids, **tap.forward_kwargs, use_cache=False, return_dict=True)
-            states = TargetStates(tap.take(outputs), outputs.last_hidden_state[0])
+            features, final = tap.take(outputs), outputs.last_hidden_state[0]
         if not self._is_checked:
-            self._check(ids, states)
-        return states
-
-    def logits(self, final: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] in fp32 from final states [R, H]."""
+            self._check(ids, final)
         head = self.model.get_output_embeddings()
+        normalisers, best = [], []
+        for rows in final.split(_READ_ROWS):
+            logits = self._logits(head, rows)
+            normalisers.append(logits.logsumexp(-1))
+            best.append(logits.argmax(-1))
+        return TargetStates(features, final, torch.cat(normalisers), torch.cat(best))
+
+    @torch.no_grad()
+    def probs(self, states: TargetStates, rows: torch.Tensor) -> torch.Tensor:
+        """Probabilities [R, V] in fp32 at positions `rows` [R]; each distinct position goes through the head once."""
+        distinct, place = rows.unique(return_inverse=True)
+        logits = self._logits(self._head, states.final[distinct])
+        probs = logits.sub_(states.log_normalisers[distinct].unsqueeze(-1)).exp_()
+        return probs[place]
+
+    def _logits(self, head, final: torch.Tensor) -> torch.Tensor:
         logits = head(final).float() * self._scale
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
-    def _check(self, ids: torch.Tensor, states: TargetStates) -> None:
+    def _check(self, ids: torch.Tensor, final: torch.Tensor) -> None:
         expected = self.model(ids, use_cache=False).logits[0, -1].float()
-        got = self.logits(states.final[-1:])[0]
+        got = self._logits(self.model.get_output_embeddings(), final[-1:])[0]
         if (expected - got).abs().max() > 1e-2 * expected.abs().max():
             raise ValueError(
                 f"The logits of {type(self.model).__name__} are not its lm_head on the decoder's last hidden state, "

@@ -22,7 +22,7 @@ from .anchors import Blocks, build_blocks, sample_anchors
 from .answers import Sample, read_answers, write_answers
 from .config import TrainConfig
 from .prompts import read_prompts, split_held_out
-from .shape import draft_config
+from .shape import draft_config, frequent_tokens
 from .states import StateSource
 from .step import TrainingStep
 from .target import FrozenTarget
@@ -50,8 +50,8 @@ def train(config: TrainConfig) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(config.target)
     model = AutoModelForCausalLM.from_pretrained(config.target, dtype=config.dtype).to(accelerator.device)
     training, held_out = _samples(accelerator, model, tokenizer, config, output)
-    draft = _draft(model, tokenizer, config)
-    target = FrozenTarget(model, draft.config.target_layer_ids)
+    draft = _draft(model, tokenizer, config, training)
+    target = FrozenTarget(model, draft.config.target_layer_ids, draft.draft_token_ids)
     states = StateSource(target, output / "states" if config.feature_cache else None, [*training, *held_out])
     run = _Run(accelerator, config, draft, states, TrainingStep(draft, target, chunk_rows=config.chunk_rows))
     run.loop(training, held_out)
@@ -260,7 +260,7 @@ def _cut(sample: Sample, max_length: int) -> Sample:
     return Sample(sample.index, sample.input_ids[:max_length], spans)
 
 
-def _draft(model, tokenizer, config: TrainConfig) -> DSparkDraftModel:
+def _draft(model, tokenizer, config: TrainConfig, training: list[Sample]) -> DSparkDraftModel:
     """A new draft, or the one to start from; trained in fp32 whatever the target's dtype is."""
     if config.warm_start is not None:
         draft = DSparkDraftModel.from_pretrained(config.warm_start, target=model, dtype=torch.float32)
@@ -275,8 +275,11 @@ def _draft(model, tokenizer, config: TrainConfig) -> DSparkDraftModel:
             taps=config.taps,
             mask_token_id=config.mask_token_id,
             confidence=config.confidence,
+            draft_vocab_size=config.draft_vocab_size,
         )
         draft = DSparkDraftModel(shape)
+        if shape.draft_vocab_size is not None:
+            draft.set_draft_tokens(frequent_tokens(training, shape.draft_vocab_size, shape.vocab_size))
         draft.bind_target(model)
     draft.config.confidence_temperatures = None  # they belong to the heads as they were before
     draft.to(model.device, torch.float32).train()

@@ -1,0 +1,71 @@
+"""How the shipped draft was trained: the prompts of its split, then `hf_dspark.train.train` (resumable).
+
+    torchrun --nproc-per-node 2 examples/train_shipped_draft.py --eval-data DIR --output DIR
+
+DIR of --eval-data holds gsm8k.jsonl, math500.jsonl, mbpp.jsonl, humaneval.jsonl and mt-bench.jsonl with a prompt a
+line (`{"turns": [...]}`); the lines listed in model_cards/smollm2_dspark_split.json are kept out of training and
+written to OUTPUT/held_out, for `hf-dspark bench` and `calibrate`. The target writes the chat prompts itself.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from hf_dspark.demo import demo_target_folder, load_demo_target
+from hf_dspark.train import TrainConfig, train
+from hf_dspark.train.prompts import self_prompts
+
+SPLIT = Path(__file__).parent.parent / "model_cards" / "smollm2_dspark_split.json"
+CHAT_PROMPTS = {"train": {1000: 700, 2000: 700}, "held_out": {3000: 100}}  # seed -> number
+
+
+def write_prompts(eval_data: Path, folder: Path) -> None:
+    """`folder`/train/*.jsonl and `folder`/held_out/*.jsonl: every set's lines, parted as the split says, and chat."""
+    split = json.loads(SPLIT.read_text(encoding="utf-8"))["held_out_lines"]
+    for part in CHAT_PROMPTS:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for name, held_out in split.items():
+        lines = (eval_data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        parts = {"train": set(range(len(lines))).difference(held_out), "held_out": set(held_out)}
+        for part, numbers in parts.items():
+            text = "".join(lines[number] + "\n" for number in sorted(numbers))
+            (folder / part / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    target, tokenizer = load_demo_target()
+    for part, counts in CHAT_PROMPTS.items():
+        for seed, count in counts.items():
+            file = folder / part / f"chat_{seed}.jsonl"
+            if not file.exists():
+                turns = self_prompts(target, tokenizer, count, seed=seed)
+                file.write_text("".join(json.dumps({"turns": t}) + "\n" for t in turns), encoding="utf-8")
+
+
+def config(folder: Path) -> TrainConfig:
+    return TrainConfig(
+        target=str(demo_target_folder()),
+        prompts=[str(file) for file in sorted((folder / "train").glob("*.jsonl"))],
+        exclude=[str(file) for file in sorted((folder / "held_out").glob("*.jsonl"))],
+        output=str(folder / "draft"),
+        max_new_tokens=192,
+        max_length=640,
+        generation={"do_sample": True, "temperature": 0.6, "top_k": 0},
+        feature_cache=True,
+        seed=20261125,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--eval-data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_prompts(args.eval_data, args.output)
+    train(config(args.output))
+
+
+if __name__ == "__main__":
+    main()
