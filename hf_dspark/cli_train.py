@@ -52,6 +52,7 @@ def add_commands(commands) -> None:
     option("chunk_rows", "block positions whose logits exist at once", type=int)
     option("max_new_tokens", "of an answer", type=int)
     option("max_length", "of a sequence", type=int)
+    option("answers_per_prompt", "answers written to each prompt", type=int)
     option("answer_batch_size", "answers written at once", type=int)
     add(
         "--generation",

@@ -184,6 +184,23 @@ def test_answers_are_the_targets_and_an_interrupted_file_is_completed(tmp_path, 
     assert len((cut / "answers.1.jsonl").read_text().splitlines()) == 2  # its share but for what was there
 
 
+def test_several_answers_are_written_to_the_prompts_trained_on_only(config, monkeypatch):
+    trained_on = []
+    monkeypatch.setattr(_Run, "loop", lambda self, training, held_out: trained_on.extend([training, held_out]))
+    folder = train(config(answers_per_prompt=3, draft_vocab_size=20))
+    training, held_out = trained_on
+    count = len(PROMPTS)
+    assert [s.index for s in held_out] == [0, 1, 2]
+    assert {s.index for s in training} <= set(range(3, count + 2 * (count - 3)))
+    by_prompt = {}
+    for s in training:
+        by_prompt.setdefault(tuple(s.input_ids[: s.answer_spans[0][0]]), set()).add(tuple(s.input_ids))
+    assert len(by_prompt) == count - 3
+    assert not {tuple(s.input_ids[: s.answer_spans[0][0]]) for s in held_out} & by_prompt.keys()
+    assert max(map(len, by_prompt.values())) == 3  # sampled: they differ
+    assert DSparkDraftModel.from_pretrained(folder).config.draft_vocab_size == 20
+
+
 def test_prompts_are_read_from_every_kind_of_source(tmp_path):
     (tmp_path / "turns.jsonl").write_text('{"turns": ["a b", "c"]}\n{"prompt": "d"}\n{"question": "e"}\n')
     (tmp_path / "chat.jsonl").write_text(

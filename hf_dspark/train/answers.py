@@ -5,7 +5,7 @@ Resumable, and shared between processes: each appends to a part of its own, `ans
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 class Sample:
     """One conversation as token ids; the draft is trained on the spans that the target wrote."""
 
-    index: int  # of its conversation
+    index: int  # of the answer in its run
     input_ids: list[int]
     answer_spans: list[tuple[int, int]]  # [start, stop) of each answer
 
@@ -33,19 +33,20 @@ def write_answers(
     chat_template: bool = True,
     seed: int = 0,
     generation: dict | None = None,
+    first_index: int = 0,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> None:
     """Let the target answer every turn of `conversations`; this process's share of the batches goes to its part.
 
-    What any part in `folder` holds when this starts is not written again, and a batch is seeded by its own number: an
-    interrupted run goes on to the same text, also with another number of processes. Sampling follows the target's
-    generation config, or `generation` where given.
+    Samples are numbered from `first_index`. What any part in `folder` holds when this starts is not written again, and
+    a batch has a seed of its own: an interrupted run goes on to the same text, also with another number
+    of processes. Sampling follows the target's generation config, or `generation` where given.
     """
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(conversations)), key=lambda i: (sum(map(len, conversations[i])), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    done = {sample.index for sample in read_answers(folder)}
+    done = {sample.index - first_index for sample in read_answers(folder)}
     shares = list(enumerate(batches))[process_index::num_processes]
     total, written = sum(len(batch) for _, batch in shares), sum(len(done.intersection(batch)) for _, batch in shares)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,11 +56,11 @@ def write_answers(
         for number, batch in shares:
             if done.issuperset(batch):
                 continue
-            torch.manual_seed(seed + number)
+            torch.manual_seed(seed + first_index + number)
             settings = {"max_new_tokens": max_new_tokens, **(generation or {})}
             samples = _answer_batch(target, tokenizer, conversations, batch, chat_template, settings)
             # A batch is written whole and at once: a kill leaves complete lines, and no part of a batch is lost.
-            new = [sample for sample in samples if sample.index not in done]
+            new = [replace(s, index=first_index + s.index) for s in samples if s.index not in done]
             out.write("".join(json.dumps(asdict(sample)) + "\n" for sample in new))
             out.flush()
             bar.update(len(new))

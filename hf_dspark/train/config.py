@@ -20,6 +20,7 @@ class TrainConfig:
         num_anchors: blocks trained in each sequence of a step.
         position_decay: d of the weights exp(-(k-1)/d).
         max_new_tokens, max_length: of an answer; of a sequence (longer ones are cut).
+        answers_per_prompt: of the prompts trained on; more than one makes sense where answers are sampled.
         generation: overrides of the target's generation config for the answers, such as {"do_sample": True}.
         held_out: conversations kept from training, for the evaluation every `eval_every` steps.
         feature_cache: keep the target's states on disk; their size is told before the run starts.
@@ -50,6 +51,7 @@ class TrainConfig:
     max_new_tokens: int = 256
     max_length: int = 2048
     answer_batch_size: int = 32
+    answers_per_prompt: int = 1
     generation: dict = field(default_factory=dict)
     chat_template: bool = True
     held_out: int = 32
@@ -69,6 +71,14 @@ class TrainConfig:
             )
         if self.trainable not in ("all", "heads"):
             raise ValueError(f'`trainable` must be "all" or "heads", got {self.trainable!r}.')
-        for name in ("steps", "batch_size", "num_anchors", "chunk_rows", "eval_every", "save_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "num_anchors",
+            "chunk_rows",
+            "answers_per_prompt",
+            "eval_every",
+            "save_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

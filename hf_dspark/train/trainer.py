@@ -215,19 +215,24 @@ def _samples(
     """Training and held-out samples; what is on disk already is only read."""
     with accelerator.main_process_first():  # the others find the file
         conversations = _conversations(model, tokenizer, config, output / "prompts.jsonl")
-    write_answers(
-        model,
-        tokenizer,
-        conversations,
-        output,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.answer_batch_size,
-        chat_template=config.chat_template,
-        seed=config.seed,
-        generation=config.generation,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
+    passes = [(0, conversations)]  # number of the first answer, and what is answered
+    for _ in range(1, config.answers_per_prompt):
+        passes.append((passes[-1][0] + len(passes[-1][1]), conversations[config.held_out :]))
+    for first_index, answered in passes:
+        write_answers(
+            model,
+            tokenizer,
+            answered,
+            output,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.answer_batch_size,
+            chat_template=config.chat_template,
+            seed=config.seed,
+            generation=config.generation,
+            first_index=first_index,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
     accelerator.wait_for_everyone()
     samples = read_answers(output)
     cut = [_cut(sample, config.max_length) for sample in samples]
