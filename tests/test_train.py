@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -142,16 +144,39 @@ def test_warm_start_of_the_heads_leaves_the_backbone_alone(config, pair):
     assert all(name.startswith(("markov_head", "confidence_head")) for name in changed)
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def _environment():
+    root = str(Path(__file__).resolve().parents[1])
+    return os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+
+
+def test_sharded_run_ends_in_the_weights_of_one_process(config):
+    """Also when it is resumed from a sharded checkpoint."""
+    one = _weights(train(config("one", steps=4)))
+    script = str(Path(__file__).parent / "fsdp_training.py")
+    for steps_left in (True, False):
+        sharded = config("sharded", steps=4)
+        command = [sys.executable, *TORCHRUN, script, json.dumps(asdict(sharded))]
+        environment = _environment() | {"ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        weights = _weights(sharded.output)
+        assert one.keys() == weights.keys()
+        for name, weight in one.items():
+            torch.testing.assert_close(weights[name], weight, msg=name)
+        if steps_left:  # the newest checkpoint goes, so that the second run trains two steps again
+            shutil.rmtree(Path(sharded.output) / "checkpoints" / "step_0000004")
+
+
 def test_two_processes_have_the_gradients_of_one(tmp_path, pair):
     script = str(Path(__file__).parent / "ddp_gradients.py")
-    root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     arguments = [script, str(pair.target), str(pair.draft)]
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for file, prefix, processes in ((files[0], [], "1"), (files[1], launcher, "2")):
+    for file, prefix, processes in ((files[0], [], "1"), (files[1], TORCHRUN, "2")):
         command = [sys.executable, *prefix, *arguments, str(file)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.split()[-1] == processes
     one, two = (load_file(file) for file in files)

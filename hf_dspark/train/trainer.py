@@ -46,19 +46,20 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output)
     with accelerator.main_process_first():
         _claim(output, config)
-    set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.target)
     model = AutoModelForCausalLM.from_pretrained(config.target, dtype=config.dtype).to(accelerator.device)
     training, held_out = _samples(accelerator, model, tokenizer, config, output)
+    set_seed(config.seed)  # the same first weights on every process, whatever each of them wrote before
     draft = _draft(model, tokenizer, config, training)
     target = FrozenTarget(model, draft.config.target_layer_ids, draft.draft_token_ids)
     states = StateSource(target, output / "states" if config.feature_cache else None, [*training, *held_out])
     run = _Run(accelerator, config, draft, states, TrainingStep(draft, target, chunk_rows=config.chunk_rows))
     run.loop(training, held_out)
-    accelerator.wait_for_everyone()
+    weights = accelerator.get_state_dict(run.step)  # whole on the main process also where they are sharded
     if accelerator.is_main_process:
-        finished = accelerator.unwrap_model(run.step).draft
-        finished.to(model.dtype).save_pretrained(output)
+        finished = DSparkDraftModel(draft.config).to(model.dtype)
+        finished.load_state_dict({name.removeprefix("draft."): weight for name, weight in weights.items()})
+        finished.save_pretrained(output)
     accelerator.end_training()
     return output
 
@@ -134,11 +135,14 @@ class _Run:
         """Teacher-forced accepted length on held-out text: 1 + sum of survival, at temperature 1 and greedy."""
         block_size = self.draft_config.block_size
         totals = torch.zeros(3, device=self.accelerator.device)
-        for sample in held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
+        world = self.accelerator.num_processes
+        # Every process runs as many forwards as the others, which sharded weights wait for; some do not count.
+        for position in range(self.accelerator.process_index, -(-len(held_out) // world) * world, world):
+            sample = held_out[position % len(held_out)]
             blocks = self._blocks(sample, self._anchors(sample, -1))
             with self.accelerator.autocast():
                 _, outcomes = self.step(self.states.read(sample), _to(blocks, self.accelerator.device))
-            whole = (blocks.weights > 0).all(-1)
+            whole = (blocks.weights > 0).all(-1) & (position < len(held_out))
             supervised = (blocks.weights > 0).to(outcomes.overlap.device)
             survival = []
             for values in (outcomes.overlap, outcomes.agrees.float()):
