@@ -49,7 +49,6 @@ def config(folder: Path) -> TrainConfig:
         exclude=[str(file) for file in sorted((folder / "held_out").glob("*.jsonl"))],
         output=str(folder / "draft"),
         max_new_tokens=192,
-        answers_per_prompt=2,
         max_length=640,
         generation={"do_sample": True, "temperature": 0.6, "top_k": 0},
         feature_cache=True,

@@ -28,7 +28,9 @@ def main(target_folder: str, draft_folder: str, output: str) -> None:
     frozen = FrozenTarget(target, draft.config.target_layer_ids)
     accelerator = Accelerator(cpu=True)
     run = _Run(accelerator, config, draft, StateSource(frozen, None, []), TrainingStep(draft, frozen, chunk_rows=16))
-    run.optimizer.step = run.optimizer.zero_grad = run.schedule.step = lambda: None
+    for stepped in (*run.optimizers, *run.schedules):
+        stepped.step = lambda: None
+    run.step.zero_grad = lambda: None
     run.config.max_grad_norm = 1e9
     loss = run.step_once(0, samples)["loss"]
     if accelerator.is_main_process:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny import random_prompt
 from tiny_files import byte_tokenizer, save_random_pair
@@ -20,6 +22,7 @@ from hf_dspark import DSparkDraftModel
 from hf_dspark.cli import main
 from hf_dspark.train import TrainConfig, train
 from hf_dspark.train.answers import read_answers, write_answers
+from hf_dspark.train.optimizers import build_optimizers
 from hf_dspark.train.prompts import read_prompts, self_prompts, split_held_out
 from hf_dspark.train.shape import spread_taps
 from hf_dspark.train.trainer import _Run
@@ -154,10 +157,10 @@ def _environment():
 
 def test_sharded_run_ends_in_the_weights_of_one_process(config):
     """Also when it is resumed from a sharded checkpoint."""
-    one = _weights(train(config("one", steps=4)))
+    one = _weights(train(config("one", steps=4, optimizer="adamw")))
     script = str(Path(__file__).parent / "fsdp_training.py")
     for steps_left in (True, False):
-        sharded = config("sharded", steps=4)
+        sharded = config("sharded", steps=4, optimizer="adamw")
         command = [sys.executable, *TORCHRUN, script, json.dumps(asdict(sharded))]
         environment = _environment() | {"ACCELERATE_USE_CPU": "true"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
@@ -168,6 +171,20 @@ def test_sharded_run_ends_in_the_weights_of_one_process(config):
             torch.testing.assert_close(weights[name], weight, msg=name)
         if steps_left:  # the newest checkpoint goes, so that the second run trains two steps again
             shutil.rmtree(Path(sharded.output) / "checkpoints" / "step_0000004")
+
+
+def test_sharded_muon_is_refused(config, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="Muon needs whole matrices.*adamw"):
+        train(config())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_optimizer_takes_every_parameter_once(pair, optimizer):
+    draft = DSparkDraftModel.from_pretrained(pair.draft)
+    draft.norm.requires_grad_(False)
+    groups = [p for o in build_optimizers(draft, optimizer, 1e-3) for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, groups)) == sorted(id(p) for p in draft.parameters() if p.requires_grad)
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path, pair):

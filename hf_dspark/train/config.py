@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+_LEARNING_RATES = {"muon": 4e-3, "adamw": 6e-4}
+_COUNTS = ("steps", "batch_size", "num_anchors", "chunk_rows", "answers_per_prompt", "eval_every", "save_every")
+
 
 @dataclass(slots=True)
 class TrainConfig:
@@ -17,6 +20,8 @@ class TrainConfig:
         warm_start: folder or name of a draft to start from, whose shape is kept.
         trainable: "all" or "heads" (sequential and confidence head only).
         draft_vocab_size: the draft proposes only the tokens most frequent in the answers, so many of them.
+        optimizer: "muon" (orthogonalised momentum for the matrices of layers and `fc`, AdamW for the rest) or "adamw".
+        learning_rate: peak of warm-up and cosine; default 4e-3 with muon, 6e-4 with adamw.
         num_anchors: blocks trained in each sequence of a step.
         position_decay: d of the weights exp(-(k-1)/d).
         max_new_tokens, max_length: of an answer; of a sequence (longer ones are cut).
@@ -42,7 +47,8 @@ class TrainConfig:
     draft_vocab_size: int | None = None
     warm_start: str | None = None
     trainable: str = "all"
-    learning_rate: float = 6e-4
+    optimizer: str = "muon"
+    learning_rate: float | None = None
     warmup_ratio: float = 0.04
     max_grad_norm: float = 1.0
     num_anchors: int = 64
@@ -71,14 +77,10 @@ class TrainConfig:
             )
         if self.trainable not in ("all", "heads"):
             raise ValueError(f'`trainable` must be "all" or "heads", got {self.trainable!r}.')
-        for name in (
-            "steps",
-            "batch_size",
-            "num_anchors",
-            "chunk_rows",
-            "answers_per_prompt",
-            "eval_every",
-            "save_every",
-        ):
+        if self.optimizer not in _LEARNING_RATES:
+            raise ValueError(f"`optimizer` must be one of {sorted(_LEARNING_RATES)}, got {self.optimizer!r}.")
+        if self.learning_rate is None:
+            self.learning_rate = _LEARNING_RATES[self.optimizer]
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging
@@ -21,6 +21,7 @@ from ..modeling_dspark import DSparkDraftModel
 from .anchors import Blocks, build_blocks, sample_anchors
 from .answers import Sample, read_answers, write_answers
 from .config import TrainConfig
+from .optimizers import build_optimizers
 from .prompts import read_prompts, split_held_out
 from .shape import draft_config, frequent_tokens
 from .states import StateSource
@@ -75,15 +76,22 @@ class _Run:
                 f"`batch_size` {config.batch_size} counts the sequences of a step over all processes, and must be a "
                 f"multiple of their number, {accelerator.num_processes}."
             )
+        if config.optimizer == "muon" and accelerator.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        ):
+            raise ValueError(
+                "Muon needs whole matrices, and this run shards them (FSDP or DeepSpeed). Train with the optimizer "
+                "`adamw`, or on several devices with DDP (examples/accelerate/ddp.yaml)."
+            )
         if config.gradient_checkpointing:
             enable_activation_checkpointing(draft)
-        trained = [p for p in draft.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizers = build_optimizers(draft, config.optimizer, config.learning_rate)
         warmup = round(config.warmup_ratio * config.steps)
-        # Stepped by hand once a step: accelerate would step it once for every process.
-        self.schedule = get_cosine_schedule_with_warmup(optimizer, warmup, config.steps)
-        self.step, self.optimizer = accelerator.prepare(step, optimizer)
-        accelerator.register_for_checkpointing(self.schedule)
+        # Stepped by hand once a step: accelerate would step them once for every process.
+        self.schedules = [get_cosine_schedule_with_warmup(o, warmup, config.steps) for o in optimizers]
+        self.step, *self.optimizers = accelerator.prepare(step, *optimizers)
+        accelerator.register_for_checkpointing(*self.schedules)
         self.checkpoints = Path(config.output) / "checkpoints"
 
     def loop(self, training: list[Sample], held_out: list[Sample]) -> None:
@@ -125,9 +133,9 @@ class _Run:
                 self.accelerator.backward(part * world)
             loss += part.detach()
         self.accelerator.clip_grad_norm_(self.step.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
+        for stepped in (*self.optimizers, *self.schedules):
+            stepped.step()
+        self.step.zero_grad()
         return {"loss": float(self.accelerator.reduce(loss, "sum"))}
 
     @torch.no_grad()
