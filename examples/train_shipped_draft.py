@@ -50,7 +50,7 @@ def config(folder: Path) -> TrainConfig:
         output=str(folder / "draft"),
         layers=2,
         draft_vocab_size=12288,
-        steps=1200,
+        steps=1000,
         learning_rate=5e-3,
         batch_size=16,
         eval_every=100,

@@ -1,9 +1,11 @@
 """The Qwen3 decoder layer of a draft: transformers' modules, with keys and values of the target's context in front."""
 
 import torch
+from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as attention_with_sinks
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3MLP,
@@ -17,11 +19,14 @@ from .configuration_dspark import DSparkConfig
 
 
 class DraftAttention(Qwen3Attention):
-    """Block queries over [cached context ; new context ; block]: every position sees the context and the block."""
+    """Block queries over [cached context ; new context ; block]."""
 
     def __init__(self, config: DSparkConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.is_causal = False
+        self.is_interleaved = config.rope_interleaved
+        if config.attention_sinks:
+            self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads))
 
     def forward(
         self,
@@ -38,14 +43,27 @@ class DraftAttention(Qwen3Attention):
         key = self.k_norm(self.k_proj(rows).view(batch_size, rows.shape[1], *heads[1:])).transpose(1, 2)
         value = self.v_proj(rows).view(batch_size, rows.shape[1], *heads[1:]).transpose(1, 2)
         cos, sin = position_embeddings
+        if self.is_interleaved:  # neighbouring channels become halves, for queries and keys alike
+            query, key = _halves(query), _halves(key)
         # Queries and keys are of different lengths: each is rotated alone, with its own positions.
         query, _ = apply_rotary_pos_emb(query, query, cos[:, -block_size:], sin[:, -block_size:])
         key, _ = apply_rotary_pos_emb(key, key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if self.config.attention_sinks:
+            attend = attention_with_sinks
+            if attention_mask is not None:
+                attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
+                    ~attention_mask, torch.finfo(query.dtype).min
+                )
         output, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, is_causal=False)
         return self.o_proj(output.reshape(batch_size, block_size, -1))
+
+
+def _halves(heads: torch.Tensor) -> torch.Tensor:
+    """Channels [..., 2i] before channels [..., 2i+1]."""
+    return torch.cat([heads[..., ::2], heads[..., 1::2]], dim=-1)
 
 
 class DraftDecoderLayer(GradientCheckpointingLayer):

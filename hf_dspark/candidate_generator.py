@@ -91,7 +91,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         num_tokens = min(block_size, limit, self.max_length - input_ids.shape[1] - 1)  # room for the bonus token
         if num_tokens < 1:
             return None
-        block_positions = self.context.next_positions(block_size)
+        block_positions = self.context.next_positions(self.draft.config.num_block_inputs)
         features, positions = self.context.take()
         device = self.draft.device
         return draft_block(

@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 BACKBONE_TYPES = ("qwen3",)
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @strict
@@ -17,7 +18,13 @@ class DSparkConfig(PreTrainedConfig):
             head_dim, hidden_act, rms_norm_eps, attention_bias, attention_dropout, max_position_embeddings,
             rope_parameters: of the draft's decoder layers, named as in transformers. `hidden_size` and `vocab_size`
             are the target's. `rope_parameters` must hold `rope_theta`: no default is right for every target.
+        layer_types, sliding_window: layers of type "sliding_attention" see only so many positions, their own included;
+            without `layer_types` a window holds for all of them.
+        attention_sinks: each head of each layer has a learned logit that takes attention and gives no value.
+        rope_interleaved: rotary pairs are neighbouring channels instead of halves of a head.
         block_size: tokens drafted in one round.
+        first_slot: 0 where the anchor's own position predicts the first token, 1 where the first mask's does.
+        causal: positions of a block see those before them only, not the whole block.
         target_layer_ids: target layers the draft reads, 0-based outputs, strictly increasing; -1 is the embedding.
         mask_token_id: input token of block positions 2 to `block_size`.
         num_target_layers: decoder layers of the target the draft was trained for; None if unknown.
@@ -49,7 +56,13 @@ class DSparkConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     rope_parameters: dict | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    attention_sinks: bool = False
+    rope_interleaved: bool = False
     block_size: int = 7
+    first_slot: int = 0
+    causal: bool = False
     target_layer_ids: list[int] | None = None
     mask_token_id: int | None = None
     num_target_layers: int | None = None
@@ -61,6 +74,11 @@ class DSparkConfig(PreTrainedConfig):
     confidence_temperatures: list[float | int] | None = None
     has_embed_tokens: bool = False
     has_lm_head: bool = False
+
+    @property
+    def num_block_inputs(self) -> int:
+        """Positions the draft reads in a round: the anchor and masks."""
+        return self.block_size + self.first_slot
 
     def __post_init__(self, **kwargs):
         if self.target_layer_ids is not None:  # DSparkConfig() is legal, as for any config; a draft needs its taps
@@ -75,6 +93,7 @@ class DSparkConfig(PreTrainedConfig):
             raise ValueError(
                 f"`block_size` is the number of drafted tokens and must be at least 1, got {self.block_size}."
             )
+        self._check_attention()
         taps = self.target_layer_ids
         if not taps or min(taps) < -1 or taps != sorted(set(taps)):
             raise ValueError(
@@ -107,6 +126,25 @@ class DSparkConfig(PreTrainedConfig):
             )
         if self.confidence_temperatures is not None:
             self._check_temperatures(self.confidence_temperatures)
+
+    def _check_attention(self) -> None:
+        if self.first_slot not in (0, 1):
+            raise ValueError(
+                "`first_slot` must be 0 (the anchor's position predicts) or 1 (the first mask's), got "
+                f"{self.first_slot}."
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"`sliding_window` must be at least 1, or None, got {self.sliding_window}.")
+        if self.layer_types is None:
+            self.layer_types = [LAYER_TYPES[self.sliding_window is not None]] * self.num_hidden_layers
+        types = self.layer_types
+        if len(types) != self.num_hidden_layers or not set(types) <= set(LAYER_TYPES):
+            raise ValueError(
+                f"`layer_types` must name one of {LAYER_TYPES} for each of {self.num_hidden_layers} layers, got "
+                f"{types}."
+            )
+        if "sliding_attention" in types and self.sliding_window is None:
+            raise ValueError("`layer_types` has sliding layers, so `sliding_window` must say how wide they are.")
 
     def _check_temperatures(self, temperatures: list[float | int]) -> None:
         if not self.enable_confidence_head:

@@ -18,7 +18,7 @@ def draft_block(
     anchor_ids: torch.Tensor,  # [B]
     cache: Cache,  # draft.new_cache(); holds the context read before
     *,
-    position_ids: torch.Tensor | None = None,  # [B, new+g]  of the new context, then of the block
+    position_ids: torch.Tensor | None = None,  # [B, new+inputs]  of the new context, then of the block's inputs
     num_tokens: int | None = None,
     sampler: Sampler | None = None,
 ) -> DraftBlock:
@@ -32,17 +32,17 @@ def draft_block(
     Raises ValueError where the draft has no embedding or lm_head of its own and no target is bound.
     """
     config = draft.config
-    block_size = config.block_size
-    num_tokens = block_size if num_tokens is None else num_tokens
+    num_inputs = config.num_block_inputs
+    num_tokens = config.block_size if num_tokens is None else num_tokens
     anchor_ids = anchor_ids.reshape(-1, 1)
-    masks = torch.full_like(anchor_ids, config.mask_token_id).expand(-1, block_size - 1)
+    masks = torch.full_like(anchor_ids, config.mask_token_id).expand(-1, num_inputs - 1)
     if position_ids is None:
         start = cache.get_seq_length()
-        stop = start + features.shape[1] + block_size
+        stop = start + features.shape[1] + num_inputs
         position_ids = torch.arange(start, stop, device=features.device).expand(features.shape[0], -1)
     hidden_states = draft(features, torch.cat([anchor_ids, masks], dim=1), position_ids, cache)
-    drop_last(cache, block_size)
-    hidden_states = hidden_states[:, :num_tokens]
+    drop_last(cache, num_inputs)
+    hidden_states = hidden_states[:, config.first_slot : config.first_slot + num_tokens]
     base_logits = draft.compute_logits(hidden_states)
     return _sample_block(draft, hidden_states, base_logits, anchor_ids.to(base_logits.device), sampler or _greedy)
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .attention import draft_masks
 from .backbone_qwen3 import Qwen3Backbone
 from .configuration_dspark import DSparkConfig
 from .dialects import read_dialect
@@ -73,17 +74,23 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         block_ids: torch.Tensor,  # [B, g]  anchor, then masks
         position_ids: torch.Tensor,  # [B, new+g]
         cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,  # [B, 1, g, keys]  True where seen; None: every position sees all
+        attention_mask: torch.Tensor | None = None,  # [B, 1, g, keys]  True where seen; None: as the config says
     ) -> torch.Tensor:
         """Hidden states [B, g, H] of the block after the final norm; the new context and the block enter `cache`.
 
         Training packs many blocks behind one context, without a cache: then g counts them all and the mask parts them.
         """
         hidden_states = self._embed(block_ids)
+        config = self.config
+        masks = dict.fromkeys(config.layer_types, attention_mask)
+        if attention_mask is None:
+            num_keys = position_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+            settings = {"causal": config.causal, "window": config.sliding_window, "device": hidden_states.device}
+            masks = draft_masks(config.layer_types, block_ids.shape[1], num_keys, **settings)
         context = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, context, position_embeddings, cache, attention_mask)
+        for layer, layer_type in zip(self.layers, config.layer_types, strict=True):
+            hidden_states = layer(hidden_states, context, position_embeddings, cache, masks[layer_type])
         return self.norm(hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ ROWS = [
     ["candidate_generator"],
     ["draft"],
     ["features", "schedule", "verify", "accept", "rollback", "heads"],
-    ["configuration_dspark", "sampling"],
+    ["configuration_dspark", "sampling", "attention"],
     ["dialects", "state", "compat"],
 ]
 ROW_OF = {name: index for index, row in enumerate(ROWS) for name in row}

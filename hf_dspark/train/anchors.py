@@ -12,13 +12,13 @@ class Blocks:
     """A anchors of one sequence of S tokens, each with a block of g positions; all tensors on one device."""
 
     anchor_positions: torch.Tensor  # [A]
-    block_ids: torch.Tensor  # [A, g]  draft inputs: the anchor, then masks
+    block_ids: torch.Tensor  # [A, inputs]  draft inputs: the anchor, then masks
     previous_ids: torch.Tensor  # [A, g]  teacher forcing: x_{k-1}, the anchor for k = 1
     labels: torch.Tensor  # [A, g]  x_k
     target_rows: torch.Tensor  # [A, g]  position whose target logits predict x_k
     weights: torch.Tensor  # [A, g]  exp(-(k-1)/d) where supervised, else 0
-    position_ids: torch.Tensor  # [1, S + A*g]  of the context, then of the blocks
-    attention_mask: torch.Tensor  # [1, 1, A*g, S + A*g]  True where seen
+    position_ids: torch.Tensor  # [1, S + A*inputs]  of the context, then of the blocks
+    attention_mask: torch.Tensor  # [1, 1, A*inputs, S + A*inputs]  True where seen
 
 
 def sample_anchors(sample: Sample, num_anchors: int, generator: torch.Generator) -> torch.Tensor:
@@ -32,19 +32,31 @@ def sample_anchors(sample: Sample, num_anchors: int, generator: torch.Generator)
 
 
 def build_blocks(
-    sample: Sample, anchors: torch.Tensor, *, block_size: int, mask_token_id: int, position_decay: float
+    sample: Sample,
+    anchors: torch.Tensor,
+    *,
+    block_size: int,
+    mask_token_id: int,
+    position_decay: float,
+    first_slot: int = 0,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Blocks:
-    """Blocks of `anchors` [A]. Supervision of a block stops at the end of its answer."""
+    """Blocks of `anchors` [A]. Supervision of a block stops at the end of its answer.
+
+    `first_slot`, `causal` and `window` are the draft's (DSparkConfig).
+    """
     ids = torch.tensor(sample.input_ids)
-    length, count = len(ids), len(anchors)
+    length = len(ids)
     offset = torch.arange(block_size)
-    positions = anchors.unsqueeze(-1) + offset  # [A, g]  of the draft's inputs
+    positions = anchors.unsqueeze(-1) + offset  # [A, g]  of the tokens before the labels
+    inputs = anchors.unsqueeze(-1) + torch.arange(block_size + first_slot)
     stops = torch.zeros(length, dtype=torch.long)
     for start, stop in sample.answer_spans:
         stops[start:stop] = stop
     supervised = positions + 1 < stops[anchors].unsqueeze(-1)
     padded = torch.cat([ids, ids.new_zeros(block_size)])
-    block_ids = torch.full((count, block_size), mask_token_id)
+    block_ids = torch.full_like(inputs, mask_token_id)
     block_ids[:, 0] = ids[anchors]
     return Blocks(
         anchor_positions=anchors,
@@ -53,14 +65,20 @@ def build_blocks(
         labels=padded[positions + 1],
         target_rows=positions.clamp_max(length - 1),
         weights=supervised * torch.exp(-offset / position_decay),
-        position_ids=torch.cat([torch.arange(length), positions.flatten()]).unsqueeze(0),
-        attention_mask=_block_mask(anchors, length, block_size),
+        position_ids=torch.cat([torch.arange(length), inputs.flatten()]).unsqueeze(0),
+        attention_mask=_block_mask(anchors, length, inputs.shape[1], causal, window),
     )
 
 
-def _block_mask(anchors: torch.Tensor, length: int, block_size: int) -> torch.Tensor:
-    """Every block position sees the context before its anchor, and its whole block: [1, 1, A*g, S + A*g]."""
-    block_of_row = torch.arange(len(anchors)).repeat_interleave(block_size)
+def _block_mask(anchors: torch.Tensor, length: int, num_inputs: int, causal: bool, window: int | None) -> torch.Tensor:
+    """Every block position sees the context before its anchor, and its whole block: [1, 1, A*inputs, S + A*inputs]."""
+    block_of_row = torch.arange(len(anchors)).repeat_interleave(num_inputs)
     sees_context = torch.arange(length) < anchors[block_of_row].unsqueeze(-1)
     sees_block = block_of_row.unsqueeze(-1) == block_of_row
-    return torch.cat([sees_context, sees_block], dim=-1)[None, None]
+    mask = torch.cat([sees_context, sees_block], dim=-1)
+    if causal or window is not None:
+        rows = (anchors.unsqueeze(-1) + torch.arange(num_inputs)).flatten()
+        distance = rows.unsqueeze(-1) - torch.cat([torch.arange(length), rows])
+        mask &= (distance >= 0) | (not causal)
+        mask &= (distance < window) if window is not None else True
+    return mask[None, None]

@@ -49,13 +49,13 @@ class TrainingStep(nn.Module):
         self, states: TargetStates, blocks: Blocks
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Hidden states [A, g, H], latents [A, g, r] and confidence logits [A, g] under teacher forcing."""
-        draft, (count, block_size) = self.draft, blocks.block_ids.shape
+        draft, block_size = self.draft, blocks.labels.shape[1]
         hidden_states = draft(
             states.features,
             blocks.block_ids.view(1, -1),
             blocks.position_ids,
             attention_mask=blocks.attention_mask,
-        ).view(count, block_size, -1)
+        ).view(*blocks.block_ids.shape, -1)[:, draft.config.first_slot :]
         head, latents, state = draft.markov_head, [], None
         for k in range(block_size):
             if head is None:

@@ -176,6 +176,9 @@ class _Run:
             block_size=self.draft_config.block_size,
             mask_token_id=self.draft_config.mask_token_id,
             position_decay=self.config.position_decay,
+            first_slot=self.draft_config.first_slot,
+            causal=self.draft_config.causal,
+            window=self.draft_config.sliding_window if "sliding_attention" in self.draft_config.layer_types else None,
         )
 
     def _save(self, done: int) -> None:
@@ -298,6 +301,11 @@ def _draft(model, tokenizer, config: TrainConfig, training: list[Sample]) -> DSp
         if shape.draft_vocab_size is not None:
             draft.set_draft_tokens(frequent_tokens(training, shape.draft_vocab_size, shape.vocab_size))
         draft.bind_target(model)
+    if len(set(draft.config.layer_types)) > 1:
+        raise ValueError(
+            f"The draft {config.warm_start!r} mixes full and sliding layers ({draft.config.layer_types}), which "
+            "packed training does not. Start from one whose layers are alike, or from nothing."
+        )
     draft.config.confidence_temperatures = None  # they belong to the heads as they were before
     draft.to(model.device, torch.float32).train()
     if config.trainable == "heads":
