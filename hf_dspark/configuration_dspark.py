@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
-BACKBONE_TYPES = ("qwen3",)
+BACKBONE_TYPES = ("qwen3", "gemma4")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -13,18 +13,22 @@ class DSparkConfig(PreTrainedConfig):
     """Configuration of a DSpark draft.
 
     Args:
-        backbone_type: decoder layers of the draft; "qwen3".
+        backbone_type: decoder layers of the draft; "qwen3" or "gemma4".
+        backbone_config: what one backbone alone knows; gemma4: `attention_k_eq_v` (values are made from the keys).
+        embed_scale: factor on embedded tokens; None is 1.
+        final_logit_softcapping: base logits pass cap * tanh(logits / cap); None leaves them.
         vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
             head_dim, hidden_act, rms_norm_eps, attention_bias, attention_dropout, max_position_embeddings,
             rope_parameters: of the draft's decoder layers, named as in transformers. `hidden_size` and `vocab_size`
             are the target's. `rope_parameters` must hold `rope_theta`: no default is right for every target.
-        layer_types, sliding_window: layers of type "sliding_attention" see only so many positions, their own included;
-            without `layer_types` a window holds for all of them.
+        layer_types, sliding_window: layers of type "sliding_attention" see so many positions of the context before the
+            anchor, and the block; without `layer_types` a window holds for all layers.
         attention_sinks: each head of each layer has a learned logit that takes attention and gives no value.
         rope_interleaved: rotary pairs are neighbouring channels instead of halves of a head.
         block_size: tokens drafted in one round.
         first_slot: 0 where the anchor's own position predicts the first token, 1 where the first mask's does.
-        causal: positions of a block see those before them only, not the whole block.
+        causal: positions of a block see those before them only, not the whole block; in a draft that mixes full and
+            sliding layers, in the sliding ones.
         target_layer_ids: target layers the draft reads, 0-based outputs, strictly increasing; -1 is the embedding.
         mask_token_id: input token of block positions 2 to `block_size`.
         num_target_layers: decoder layers of the target the draft was trained for; None if unknown.
@@ -41,6 +45,9 @@ class DSparkConfig(PreTrainedConfig):
     model_type = "dspark"
 
     backbone_type: str = "qwen3"
+    backbone_config: dict | None = None
+    embed_scale: float | None = None
+    final_logit_softcapping: float | None = None
     vocab_size: int = 151936
     hidden_size: int = 2560
     intermediate_size: int = 9728
@@ -135,6 +142,14 @@ class DSparkConfig(PreTrainedConfig):
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"`sliding_window` must be at least 1, or None, got {self.sliding_window}.")
+        if self.backbone_type == "gemma4" and (
+            self.sliding_window is not None or self.attention_sinks or self.rope_interleaved
+        ):
+            raise ValueError(
+                "A draft of gemma4 layers has neither a sliding window nor sinks nor interleaved rope here, got "
+                f"`sliding_window` {self.sliding_window}, `attention_sinks` {self.attention_sinks}, "
+                f"`rope_interleaved` {self.rope_interleaved}."
+            )
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPES[self.sliding_window is not None]] * self.num_hidden_layers
         types = self.layer_types

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
+
+from .dialects import rename_tensor
 
 # The arguments of from_pretrained that say where files come from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -26,6 +28,11 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, (_, _, shape) in self.entries.items()}
 
+    @property
+    def is_renamed(self) -> bool:
+        """Whether transformers' loading would look for other names than the files have."""
+        return any(stored.removeprefix("model.") != name for name, (_, stored, _) in self.entries.items())
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, in the dtype it was stored in."""
         file, stored_name, _ = self.entries[name]
@@ -34,16 +41,35 @@ class Checkpoint:
 
 
 def find_checkpoint(name_or_path: str | os.PathLike, **hub_arguments: Any) -> Checkpoint:
-    """Config and tensor headers of the draft at `name_or_path`; a `model.` prefix of tensor names is dropped."""
+    """Config and tensor headers of the draft at `name_or_path`, under our names.
+
+    Raises OSError where there are no safetensors, and ValueError where one cannot be read or two are one tensor.
+    """
     config_file = cached_file(name_or_path, "config.json", **hub_arguments)
     config = json.loads(Path(config_file).read_text(encoding="utf-8"))
     entries = {}
     for file in _weight_files(name_or_path, hub_arguments):
-        with safe_open(file, framework="pt") as handle:
-            for stored_name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                shape = tuple(handle.get_slice(stored_name).get_shape())
-                entries[stored_name.removeprefix("model.")] = (str(file), stored_name, shape)
+        for stored_name, shape in _header(file).items():
+            name = rename_tensor(stored_name)
+            if name in entries:
+                raise ValueError(
+                    f"{name_or_path} holds `{name}` twice, as {entries[name][1]!r} and as {stored_name!r}. Remove the "
+                    "file that is left over from another save."
+                )
+            entries[name] = (str(file), stored_name, shape)
     return Checkpoint(config, entries)
+
+
+def _header(file: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            # A safetensors handle is no dict.
+            return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is no complete safetensors file ({error}). The download or copy may have been cut off: delete it "
+            "and get it again."
+        ) from None
 
 
 def _weight_files(name_or_path: str | os.PathLike, hub_arguments: dict[str, Any]) -> list[str]:

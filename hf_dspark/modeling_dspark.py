@@ -4,6 +4,7 @@ Decoder layers are a backbone's, the sequential stage is in `heads.py` and `draf
 """
 
 import os
+import re
 import weakref
 from typing import Any
 
@@ -13,9 +14,10 @@ from transformers import AutoConfig, AutoModel, Cache, DynamicCache, GenerationC
 from transformers.utils import logging
 
 from .attention import draft_masks
+from .backbone_gemma4 import Gemma4Backbone
 from .backbone_qwen3 import Qwen3Backbone
 from .configuration_dspark import DSparkConfig
-from .dialects import read_dialect
+from .dialects import UNUSED, read_dialect
 from .door import UnpatchedDoor, install
 from .features import num_target_layers
 from .generate import SpeculativeDecoding
@@ -25,7 +27,7 @@ from .state import GenerationStats
 
 logger = logging.get_logger(__name__)
 
-BACKBONES = {"qwen3": Qwen3Backbone}
+BACKBONES = {"qwen3": Qwen3Backbone, "gemma4": Gemma4Backbone}
 
 
 class DSparkPreTrainedModel(PreTrainedModel):
@@ -39,7 +41,12 @@ class DSparkPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _no_split_modules = ["DraftDecoderLayer"]
     # Copies of the target's that the draft does not use when it shares the target's own.
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?embed_tokens\.", r"^(model\.)?lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [rf"^(model\.)?{re.escape(name)}$" for name in UNUSED]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "init_buffers"):
+            module.init_buffers()
 
 
 class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel):
@@ -99,7 +106,9 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         weight = getattr(head, "weight", None)  # SelectedRows moves its inputs itself
         like = weight if weight is not None and weight.is_floating_point() and weight.device.type != "meta" else None
         inputs = hidden_states if like is None else hidden_states.to(like.device, like.dtype)
-        return head(inputs).to(hidden_states.device, torch.float32)
+        logits = head(inputs).to(hidden_states.device, torch.float32)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
     def draft_token_ids(self) -> torch.Tensor | None:
@@ -153,8 +162,10 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         embedding = self.embed_tokens if self.embed_tokens is not None else self._borrowed.get("embed_tokens")
         weight = embedding.weight
         if weight.is_floating_point() and weight.device.type != "meta":
-            # The table itself: some targets' embedding modules also scale or norm, which drafts were not trained with.
+            # The table itself: what some targets' embedding modules do to it, a draft may not have been trained with.
             embedded = nn.functional.embedding(token_ids.to(weight.device), weight)
+            if self.config.embed_scale is not None:
+                embedded = embedded * torch.tensor(self.config.embed_scale, dtype=weight.dtype)
         else:
             embedded = embedding(token_ids)
         return embedded.to(self.fc.weight.device, self.fc.weight.dtype)
@@ -194,7 +205,10 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         _check_tensors(cls, config, checkpoint)
         if target is not None and kwargs.get("device_map") is None and _device_of(target).type != "cpu":
             kwargs["device_map"] = {"": _device_of(target)}
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        if checkpoint.is_renamed:
+            kwargs["state_dict"] = {name: checkpoint.tensor(name) for name in checkpoint.entries if name not in UNUSED}
+        source = None if checkpoint.is_renamed else pretrained_model_name_or_path
+        loaded = super().from_pretrained(source, *model_args, config=config, **kwargs)
         draft = loaded[0] if isinstance(loaded, tuple) else loaded
         try:
             draft.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
@@ -263,8 +277,11 @@ def _equals_targets(checkpoint: Checkpoint, name: str, target: PreTrainedModel |
     if weight.device.type == "meta" or not weight.is_floating_point():
         logger.warning_once(f"The target's `{name}` cannot be read (offloaded or quantised); the draft keeps its own.")
         return False
-    ours = checkpoint.tensor(f"{name}.weight")
-    if ours.shape == weight.shape and torch.equal(ours, weight.detach().to("cpu", ours.dtype)):
+    ours, theirs = checkpoint.tensor(f"{name}.weight"), weight.detach()
+    if name == "lm_head" and "d2t" in checkpoint.entries:
+        offsets = checkpoint.tensor("d2t")
+        theirs = theirs[(offsets + torch.arange(len(offsets))).to(theirs.device)]
+    if ours.shape == theirs.shape and torch.equal(ours, theirs.to("cpu", ours.dtype)):
         return True
     logger.warning_once(
         f"The draft's `{name}` differs from the target's, so the draft keeps its own. If it was trained with the "
@@ -278,7 +295,7 @@ def _check_tensors(cls: type[DSparkDraftModel], config: DSparkConfig, checkpoint
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
     found = checkpoint.shapes
-    not_used = {"embed_tokens.weight", "lm_head.weight"}
+    not_used = set(UNUSED)
     problems = {
         "missing": sorted(wanted.keys() - found.keys()),
         "unexpected": sorted(found.keys() - wanted.keys() - not_used),

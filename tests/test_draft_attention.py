@@ -76,7 +76,7 @@ def _attend_slowly(draft, features, block_ids):
             for key_position in range(total):
                 if config.causal and key_position > query_position:
                     continue
-                if config.sliding_window is not None and query_position - key_position >= config.sliding_window:
+                if config.sliding_window is not None and key_position < length - config.sliding_window:
                     continue
                 shared = slice(head // groups * head_dim, (head // groups + 1) * head_dim)
                 key = rotate(attention.k_norm(attention.k_proj(rows[key_position])[shared]), key_position)
@@ -128,11 +128,11 @@ def test_training_sees_what_decoding_sees(target, name):
 
 
 def test_mixed_layers_have_a_mask_each():
-    masks = draft_masks(
-        ["full_attention", "sliding_attention"], 2, 6, causal=False, window=3, device=torch.device("cpu")
-    )
+    types = ["full_attention", "sliding_attention"]
+    masks = draft_masks(types, 2, 6, causal=True, window=3, device=torch.device("cpu"))
     assert masks["full_attention"] is None
-    assert masks["sliding_attention"][0, 0].int().tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]
+    assert masks["sliding_attention"][0, 0].int().tolist() == [[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]
+    assert draft_masks(types, 2, 5, causal=False, window=3, device=torch.device("cpu")) == dict.fromkeys(types)
 
 
 @pytest.mark.parametrize(

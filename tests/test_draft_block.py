@@ -10,7 +10,7 @@ from tiny import make_tiny_draft, make_tiny_target
 from hf_dspark import DSparkDraftModel
 from hf_dspark.draft import draft_block
 
-FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "qwen3_vanilla"
+FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 BLOCK = 4
 
 
@@ -30,12 +30,13 @@ def _features(draft, length, seed=0):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("name", ["qwen3_vanilla", "gemma4_vanilla"])
 @torch.no_grad()
-def test_three_rounds_reproduce_the_reference():
-    if not FIXTURE.is_dir():
-        pytest.skip("no ../shared/fixtures/qwen3_vanilla beside the repository")
-    draft = DSparkDraftModel.from_pretrained(FIXTURE, dtype=torch.float32)
-    expected = load_file(FIXTURE / "expected.safetensors")
+def test_three_rounds_reproduce_the_reference(name):
+    if not FIXTURES.is_dir():
+        pytest.skip("no ../shared/fixtures beside the repository")
+    draft = DSparkDraftModel.from_pretrained(FIXTURES / name, dtype=torch.float32)
+    expected = load_file(FIXTURES / name / "expected.safetensors")
     cache = draft.new_cache()
     for i in range(3):
         block = draft_block(draft, expected[f"r{i}.features"], expected[f"r{i}.anchor"], cache)

@@ -186,7 +186,10 @@ def test_sharded_checkpoint_loads(flat_folder, tmp_path):
         ({"config": {"block_size": 0}}, "`block_size`"),
         ({"config": {"target_layer_ids": [2, 0]}}, "strictly increasing"),
         ({"config": {"target_layer_ids": [0, 9]}}, "of 4 layers"),
-        ({"config": {"markov_head_type": "transformer"}}, "`markov_head_type` must be one of"),
+        (
+            {"config": {"markov_head_type": "transformer"}},
+            "`markov_head_type` 'transformer', but its tensors are those of a 'vanilla' head",
+        ),
         ({"config": {"target_layer_ids": [0, 1, 2]}}, "of another shape: fc.weight"),
         ({"tensors": {"norm.weight": None}}, "missing: norm.weight"),
         ({"tensors": {"layers.7.mlp.up_proj.weight": torch.zeros(1)}}, "unexpected: layers.7.mlp.up_proj.weight"),

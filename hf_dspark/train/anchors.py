@@ -71,14 +71,11 @@ def build_blocks(
 
 
 def _block_mask(anchors: torch.Tensor, length: int, num_inputs: int, causal: bool, window: int | None) -> torch.Tensor:
-    """Every block position sees the context before its anchor, and its whole block: [1, 1, A*inputs, S + A*inputs]."""
+    """Every block position sees the context before its anchor, and its block: [1, 1, A*inputs, S + A*inputs]."""
     block_of_row = torch.arange(len(anchors)).repeat_interleave(num_inputs)
-    sees_context = torch.arange(length) < anchors[block_of_row].unsqueeze(-1)
+    distance = anchors[block_of_row].unsqueeze(-1) - torch.arange(length)
+    sees_context = (distance > 0) & (distance <= (length if window is None else window))
     sees_block = block_of_row.unsqueeze(-1) == block_of_row
-    mask = torch.cat([sees_context, sees_block], dim=-1)
-    if causal or window is not None:
-        rows = (anchors.unsqueeze(-1) + torch.arange(num_inputs)).flatten()
-        distance = rows.unsqueeze(-1) - torch.cat([torch.arange(length), rows])
-        mask &= (distance >= 0) | (not causal)
-        mask &= (distance < window) if window is not None else True
-    return mask[None, None]
+    if causal:
+        sees_block = sees_block.tril()
+    return torch.cat([sees_context, sees_block], dim=-1)[None, None]
