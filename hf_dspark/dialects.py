@@ -129,7 +129,7 @@ def _check_tensors(config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) 
         )
     theirs = _Config(config).layers
     rows, head_dim = tensors.get("layers.0.self_attn.q_proj.weight", (0,))[0], theirs.get("head_dim")
-    if head_dim and rows == 2 * theirs.get("num_attention_heads", 0) * head_dim:
+    if head_dim and not _is_gemma4(tensors) and rows == 2 * theirs.get("num_attention_heads", 0) * head_dim:
         raise ValueError(
             f"The draft's query projection is twice as wide as its heads ({label}): gated attention as in Qwen3.5, "
             "which is not supported. Take a draft with Qwen3 or Gemma4 layers."

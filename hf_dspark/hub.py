@@ -45,8 +45,7 @@ def find_checkpoint(name_or_path: str | os.PathLike, **hub_arguments: Any) -> Ch
 
     Raises OSError where there are no safetensors, and ValueError where one cannot be read or two are one tensor.
     """
-    config_file = cached_file(name_or_path, "config.json", **hub_arguments)
-    config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    config = _config(name_or_path, hub_arguments)
     entries = {}
     for file in _weight_files(name_or_path, hub_arguments):
         for stored_name, shape in _header(file).items():
@@ -58,6 +57,16 @@ def find_checkpoint(name_or_path: str | os.PathLike, **hub_arguments: Any) -> Ch
                 )
             entries[name] = (str(file), stored_name, shape)
     return Checkpoint(config, entries)
+
+
+def _config(name_or_path: str | os.PathLike, hub_arguments: dict[str, Any]) -> dict[str, Any]:
+    file = cached_file(name_or_path, "config.json", **hub_arguments)
+    if file is None:
+        raise OSError(f"{name_or_path} has no config.json, which says what a draft is. Get the complete checkpoint.")
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no valid JSON ({error}). Get the file again, or mend it.") from None
 
 
 def _header(file: str | os.PathLike) -> dict[str, tuple[int, ...]]:
@@ -85,7 +94,8 @@ def _weight_files(name_or_path: str | os.PathLike, hub_arguments: dict[str, Any]
     if index_file is None:
         raise OSError(
             f"{name_or_path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. A draft is loaded from "
-            "safetensors: give the folder or repository that holds them, or convert the weights."
+            "safetensors; pickle files (.bin, .pt) are not read, since loading them can run code. Give the folder or "
+            "repository that holds safetensors, or convert the weights."
         )
     index = json.loads(Path(index_file).read_text(encoding="utf-8"))
     return [cached_file(name_or_path, file, **hub_arguments) for file in sorted(set(index["weight_map"].values()))]

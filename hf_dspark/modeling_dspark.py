@@ -199,6 +199,8 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
             config = DSparkConfig(**decision.fields | overrides)
         if target is not None:
             check_target(config, target)
+        if "d2t" in checkpoint.entries:
+            _check_draft_tokens(config, checkpoint)
         for name in ("embed_tokens", "lm_head"):
             is_own = f"{name}.weight" in checkpoint.entries and not _equals_targets(checkpoint, name, target)
             setattr(config, f"has_{name}", is_own)
@@ -210,6 +212,7 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         source = None if checkpoint.is_renamed else pretrained_model_name_or_path
         loaded = super().from_pretrained(source, *model_args, config=config, **kwargs)
         draft = loaded[0] if isinstance(loaded, tuple) else loaded
+        _check_values(draft)
         try:
             draft.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
         except OSError:  # most drafts ship none
@@ -310,6 +313,30 @@ def _check_tensors(cls: type[DSparkDraftModel], config: DSparkConfig, checkpoint
         raise ValueError(
             f"The draft's tensors do not fit its config - {listed}. Get the complete checkpoint, or correct the field "
             "of config.json that they depend on."
+        )
+
+
+def _check_values(draft: DSparkDraftModel) -> None:
+    """Raise ValueError where loaded tensors cannot be a draft's."""
+    broken = [
+        name
+        for name, parameter in draft.named_parameters()
+        if parameter.is_floating_point() and parameter.device.type != "meta" and not parameter.isfinite().all()
+    ]
+    if broken:
+        raise ValueError(
+            f"The draft's weights hold NaN or infinity ({', '.join(broken[:5])}): the training or the conversion "
+            "failed. Take an earlier checkpoint, or another dtype where bfloat16 weights were read as float16."
+        )
+
+
+def _check_draft_tokens(config: DSparkConfig, checkpoint: Checkpoint) -> None:
+    offsets = checkpoint.tensor("d2t")
+    ids = offsets + torch.arange(len(offsets))
+    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or not (ids.diff() > 0).all():
+        raise ValueError(
+            f"The draft's `d2t` does not name {len(ids)} tokens of a vocabulary of {config.vocab_size} in rising "
+            "order: the file belongs to another tokenizer, or is damaged. Get the complete checkpoint."
         )
 
 

@@ -30,3 +30,9 @@ def sliding_target():
 def draft(target):
     """A random draft of `target`."""
     return make_tiny_draft(target)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_said_again():
+    """What is said once in a process is said once in each test."""
+    logging.warning_once.cache_clear()

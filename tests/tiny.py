@@ -114,26 +114,26 @@ def make_tiny_draft(
     """A random draft of one layer for `target`, which shares the target's embedding and lm_head."""
     theirs = target.config.get_text_config(decoder=True)
     rank = 0 if head == "none" else rank
-    config = DSparkConfig(
-        vocab_size=theirs.vocab_size,
-        hidden_size=theirs.hidden_size,
-        num_target_layers=theirs.num_hidden_layers,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        block_size=block_size,
-        target_layer_ids=list(taps),
-        mask_token_id=theirs.vocab_size - 1,
-        markov_rank=rank,
-        markov_head_type="vanilla" if head == "none" else head,
-        enable_confidence_head=confidence,
-        confidence_head_with_markov=confidence and rank > 0,
-        **fields,
-    )
+    settings = {
+        "vocab_size": theirs.vocab_size,
+        "hidden_size": theirs.hidden_size,
+        "num_target_layers": theirs.num_hidden_layers,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "block_size": block_size,
+        "target_layer_ids": list(taps),
+        "mask_token_id": theirs.vocab_size - 1,
+        "markov_rank": rank,
+        "markov_head_type": "vanilla" if head == "none" else head,
+        "enable_confidence_head": confidence,
+        "confidence_head_with_markov": confidence and rank > 0,
+    }
+    config = DSparkConfig(**settings | fields)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         draft = draft_class(config).eval()
