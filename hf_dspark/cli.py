@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from .cli_calibrate import add_commands as add_calibrate_command
+from .cli_convert import add_commands as add_convert_command
 from .cli_eval import add_commands as add_eval_commands
 from .cli_options import device, positive
 from .cli_train import add_commands as add_train_command
@@ -196,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train_command(commands)
     add_eval_commands(commands)
     add_calibrate_command(commands)
+    add_convert_command(commands)
     return parser
 
 

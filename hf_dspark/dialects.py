@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-_SHAPE_FIELDS = (
+SHAPE_FIELDS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -61,7 +61,7 @@ def read_dialect(config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) ->
         return Decision(dict(config), "our own layout (model_type dspark)", is_foreign=False)
     found = _Config(config)
     layers = found.layers
-    fields = {name: layers[name] for name in _SHAPE_FIELDS if layers.get(name) is not None}
+    fields = {name: layers[name] for name in SHAPE_FIELDS if layers.get(name) is not None}
     fields["hidden_act"] = layers.get("hidden_act") or layers.get("hidden_activation") or "silu"
     for name in ("num_target_layers", "confidence_temperatures", "architectures", "dtype", "torch_dtype"):
         if found.get(name) is not None:

@@ -13,15 +13,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_dspark"
 ROWS = [
     ["__main__"],
     ["cli"],
-    ["cli_calibrate", "cli_eval", "cli_train"],
+    ["cli_calibrate", "cli_convert", "cli_eval", "cli_train"],
     ["calibrate", "cards", "demo", "train"],
-    ["comparison", "eval", "cli_options"],
+    ["comparison", "eval", "cli_options", "convert"],
     ["modeling_dspark"],
     ["door", "generate", "backbone_qwen3", "backbone_gemma4", "hub"],
     ["candidate_generator"],
     ["draft"],
     ["features", "schedule", "verify", "accept", "rollback", "heads"],
-    ["configuration_dspark", "sampling", "attention"],
+    ["configuration_dspark", "sampling", "attention", "dialects_export"],
     ["dialects", "state", "compat"],
 ]
 ROW_OF = {name: index for index, row in enumerate(ROWS) for name in row}
@@ -91,9 +91,9 @@ def test_shipped_files_import_in_the_form_that_transformers_copies(name):
         (r"\.crop\(|activate_past_recording", {"rollback"}),
         (r"outputs\.hidden_states|output_hidden_states\"", {"features", "verify"}),
         (r"transformers\.models\.", {"backbone_qwen3", "backbone_gemma4"}),
-        (r"\bprint\(", {"cli", "cli_calibrate", "cli_eval", "cli_train"}),
+        (r"\bprint\(", {"cli", "cli_calibrate", "cli_convert", "cli_eval", "cli_train"}),
         (r"\.tolist\(\)|\.item\(\)", {"generate", "candidate_generator", "accept", "sampling"} | OUTSIDE_THE_ROUND),
-        (r"Qwen3DSparkModel", {"dialects"}),
+        (r"Qwen3DSparkModel", {"dialects", "dialects_export"}),
     ],
 )
 def test_outside_things_have_one_owner(pattern, owners):

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_target, plain, random_prompt, speculate
 
 from hf_dspark import DSparkDraftModel
+from hf_dspark.cli import main
+from hf_dspark.convert import convert
 from hf_dspark.draft import draft_block
 
 # Fields that say how a draft drafts, whatever the packaging calls them.
@@ -209,3 +211,66 @@ def test_wrong_or_incomplete_files_are_named_errors(target, name, tmp_path):
     spoil(tmp_path)
     with pytest.raises((ValueError, OSError), match=message):
         DSparkDraftModel.from_pretrained(tmp_path, target=target)
+
+
+_GEMMA = {"F1 gemma4", "F1 gemma4 k=v"}
+_SLOT_OR_FLAGS = {"F3 anchor reserved", "F3 silent", "F3 sliding", "F3 sliding, non-causal", "F3 vocabulary"}
+_SLOT_OR_FLAGS |= {"F4 NVIDIA", "F5 interleaved", "DFlash, z-lab's"}
+REFUSED = {
+    "deepspec": _SLOT_OR_FLAGS,
+    "specforge": _SLOT_OR_FLAGS | _GEMMA,
+    "speculators": _GEMMA | {"F4 NVIDIA", "F5 interleaved"},
+}
+
+
+@pytest.mark.parametrize("layout", REFUSED)
+@pytest.mark.parametrize("name", PACKAGINGS)
+@torch.no_grad()
+def test_export_and_reimport_give_the_same_draft_to_the_bit(target, name, layout, tmp_path):
+    make_packaged(target, name, tmp_path / "theirs")
+    draft = DSparkDraftModel.from_pretrained(tmp_path / "theirs", target=target)
+    if name in REFUSED[layout]:
+        with pytest.raises(ValueError, match=f"'{layout}' cannot describe this draft"):
+            convert(draft, layout, tmp_path / "exported", target=target)
+        assert not (tmp_path / "exported").exists()
+        return
+    convert(draft, layout, tmp_path / "exported", target=target)
+    config = draft.config
+    back = DSparkDraftModel.from_pretrained(tmp_path / "exported", target=target)
+    for field in (*_MEANING, "num_target_layers"):
+        assert getattr(back.config, field) == getattr(config, field), field
+    assert back.state_dict().keys() == draft.state_dict().keys()
+    for key, tensor in draft.state_dict().items():
+        assert torch.equal(back.state_dict()[key], tensor), key
+    torch.testing.assert_close(_block(back).draft_logits, _block(draft).draft_logits)
+    stored = load_file(tmp_path / "exported" / "model.safetensors")
+    assert ("embed_tokens.weight" in stored) == (layout == "deepspec")
+
+
+def test_export_asks_for_the_target_it_needs(target, tmp_path):
+    make_packaged(target, "F1 flat", tmp_path / "theirs")
+    draft = DSparkDraftModel.from_pretrained(tmp_path / "theirs")
+    for layout in ("deepspec", "speculators"):
+        with pytest.raises(ValueError, match="give `--target`"):
+            convert(draft, layout, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    with pytest.raises(ValueError, match="one of .*'specforge'"):
+        convert(draft, "gguf", tmp_path / "exported")
+
+
+def test_convert_command(target, tmp_path, capsys):
+    target.save_pretrained(tmp_path / "target")
+    original = make_packaged(target, "F2 nested", tmp_path / "theirs")
+    arguments = ["--to", "speculators", "--output", str(tmp_path / "out"), "--target", str(tmp_path / "target")]
+    assert main(["convert", str(tmp_path / "theirs"), *arguments]) == 0
+    assert str(tmp_path / "out") in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["speculators_config"]["verifier"] == {
+        "name_or_path": str(tmp_path / "target"),
+        "architectures": ["Qwen3ForCausalLM"],
+    }
+    back = DSparkDraftModel.from_pretrained(tmp_path / "out", target=target)
+    torch.testing.assert_close(_block(back).draft_logits, _block(original).draft_logits)
+    arguments[1] = "deepspec"
+    assert main(["convert", str(tmp_path / "theirs"), *arguments[:4]]) == 2
+    assert "give `--target`" in capsys.readouterr().err
