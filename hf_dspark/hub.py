@@ -17,6 +17,22 @@ from .dialects import rename_tensor
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
+_CUSTOM_GENERATE = '''\
+"""generate(custom_generate="<this repository>", assistant_model=draft, trust_remote_code=True)"""
+
+
+def generate(model, *args, assistant_model=None, **kwargs):
+    """Speculative decoding with a DSpark draft; arguments and result are those of `model.generate`."""
+    if not hasattr(assistant_model, "speculative_decode"):
+        raise ValueError(
+            f"`assistant_model` must be the DSpark draft, got {type(assistant_model).__name__}. Load it with "
+            "`AutoModel.from_pretrained(repository, trust_remote_code=True)`."
+        )
+    kwargs.pop("custom_generate", None)
+    return model.generate(*args, assistant_model=assistant_model, **kwargs)
+'''
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A draft's config and the header of every tensor: name -> (file, stored name, shape)."""
@@ -57,6 +73,13 @@ def find_checkpoint(name_or_path: str | os.PathLike, **hub_arguments: Any) -> Ch
                 )
             entries[name] = (str(file), stored_name, shape)
     return Checkpoint(config, entries)
+
+
+def write_custom_generate(folder: str | os.PathLike) -> None:
+    """Write `custom_generate/generate.py`, which makes a repository usable as `custom_generate=` of generate()."""
+    directory = Path(folder) / "custom_generate"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "generate.py").write_text(_CUSTOM_GENERATE, encoding="utf-8")
 
 
 def _config(name_or_path: str | os.PathLike, hub_arguments: dict[str, Any]) -> dict[str, Any]:

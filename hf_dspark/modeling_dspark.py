@@ -6,6 +6,7 @@ Decoder layers are a backbone's, the sequential stage is in `heads.py` and `draf
 import os
 import re
 import weakref
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .door import UnpatchedDoor, install
 from .features import num_target_layers
 from .generate import SpeculativeDecoding
 from .heads import SelectedRows, build_heads
-from .hub import HUB_ARGUMENTS, Checkpoint, find_checkpoint
+from .hub import HUB_ARGUMENTS, Checkpoint, find_checkpoint, write_custom_generate
 from .state import GenerationStats
 
 logger = logging.get_logger(__name__)
@@ -221,14 +222,39 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
             draft.bind_target(target)
         return loaded
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *, include_code: bool = False, **kwargs: Any) -> None:
         """Save config (our own fields, `model_type: dspark`), weights without what is the target's, and the draft's
-        generation config."""
+        generation config.
+
+        With `include_code` the folder also holds the code: `AutoModel.from_pretrained(folder, trust_remote_code=True)`
+        loads it where hf_dspark is not installed, and `generate(assistant_model=draft)` works there; the folder also
+        serves as `custom_generate=`.
+        """
         push_to_hub = kwargs.pop("push_to_hub", False)
-        super().save_pretrained(save_directory, **kwargs)
+        with _shipping_code(self) if include_code else nullcontext():
+            super().save_pretrained(save_directory, **kwargs)
         self.generation_config.save_pretrained(save_directory)
+        if include_code:
+            write_custom_generate(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))))
+
+
+@contextmanager
+def _shipping_code(draft: DSparkDraftModel):
+    """What `register_for_auto_class` sets on the two classes, for one save."""
+    names = {type(draft): "AutoModel", type(draft.config): "AutoConfig"}
+    before = {cls: cls._auto_class for cls in names}
+    had_map = hasattr(draft.config, "auto_map")
+    try:
+        for cls, name in names.items():
+            cls._auto_class = name
+        yield
+    finally:
+        for cls, name in before.items():
+            cls._auto_class = name
+        if not had_map and hasattr(draft.config, "auto_map"):
+            del draft.config.auto_map
 
 
 class _Borrowed:
