@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from .cli_calibrate import add_commands as add_calibrate_command
+from .cli_check import add_commands as add_check_command
 from .cli_convert import add_commands as add_convert_command
 from .cli_eval import add_commands as add_eval_commands
 from .cli_options import device, positive
@@ -23,10 +24,10 @@ ACCEPTED, TARGETS_OWN = "green", "magenta"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code (2: an error the user can mend, told on stderr)."""
+    """Run one command; returns its exit code (2: an error the user can mend, told on stderr; 1: `check` found one)."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        code = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"hf-dspark: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 class RoundPrinter:
@@ -198,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval_commands(commands)
     add_calibrate_command(commands)
     add_convert_command(commands)
+    add_check_command(commands)
     return parser
 
 

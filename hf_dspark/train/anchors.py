@@ -20,6 +20,10 @@ class Blocks:
     position_ids: torch.Tensor  # [1, S + A*inputs]  of the context, then of the blocks
     attention_mask: torch.Tensor  # [1, 1, A*inputs, S + A*inputs]  True where seen
 
+    def to(self, device: torch.device) -> "Blocks":
+        """The same on `device`."""
+        return Blocks(*(getattr(self, name).to(device) for name in self.__slots__))
+
 
 def sample_anchors(sample: Sample, num_anchors: int, generator: torch.Generator) -> torch.Tensor:
     """Up to `num_anchors` anchor positions [A] in the answers of `sample`, sorted, without repetition.

@@ -127,7 +127,7 @@ class _Run:
             is_last = index == len(mine) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.step):
                 with self.accelerator.autocast():
-                    part, _ = self.step(self.states.read(sample), _to(block, self.accelerator.device))
+                    part, _ = self.step(self.states.read(sample), block.to(self.accelerator.device))
                 # DDP averages gradients over processes; the loss is a mean over all of their rows.
                 part = part / weight
                 self.accelerator.backward(part * world)
@@ -149,7 +149,7 @@ class _Run:
             sample = held_out[position % len(held_out)]
             blocks = self._blocks(sample, self._anchors(sample, -1))
             with self.accelerator.autocast():
-                _, outcomes = self.step(self.states.read(sample), _to(blocks, self.accelerator.device))
+                _, outcomes = self.step(self.states.read(sample), blocks.to(self.accelerator.device))
             whole = (blocks.weights > 0).all(-1) & (position < len(held_out))
             supervised = (blocks.weights > 0).to(outcomes.overlap.device)
             survival = []
@@ -322,7 +322,3 @@ def _batch(training: list[Sample], number: int, config: TrainConfig) -> Iterator
         epoch, index = divmod(position, len(training))
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(config.seed + epoch))
         yield training[order[index]]
-
-
-def _to(blocks: Blocks, device: torch.device) -> Blocks:
-    return Blocks(*(getattr(blocks, name).to(device) for name in Blocks.__slots__))
