@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
@@ -16,6 +17,8 @@ from .dialects import rename_tensor
 # The arguments of from_pretrained that say where files come from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
+# The arguments of save_pretrained and push_to_hub that say where files go.
+PUSH_ARGUMENTS = ("repo_id", "token", "private", "revision", "commit_message", "create_pr")
 
 _CUSTOM_GENERATE = '''\
 """generate(custom_generate="<this repository>", assistant_model=draft, trust_remote_code=True)"""
@@ -73,6 +76,23 @@ def find_checkpoint(name_or_path: str | os.PathLike, **hub_arguments: Any) -> Ch
                 )
             entries[name] = (str(file), stored_name, shape)
     return Checkpoint(config, entries)
+
+
+def upload(
+    folder: str | os.PathLike,
+    *,
+    repo_id: str,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload draft",
+    create_pr: bool = False,
+) -> str:
+    """Upload all of `folder` to the Hub; the repository is made where it is missing. Returns the commit's address."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    settings = {"revision": revision, "commit_message": commit_message, "create_pr": create_pr}
+    return api.upload_folder(folder_path=folder, repo_id=repo_id, **settings).commit_url
 
 
 def write_custom_generate(folder: str | os.PathLike) -> None:

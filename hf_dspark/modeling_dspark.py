@@ -5,6 +5,7 @@ Decoder layers are a backbone's, the sequential stage is in `heads.py` and `draf
 
 import os
 import re
+import tempfile
 import weakref
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -23,7 +24,7 @@ from .door import UnpatchedDoor, install
 from .features import num_target_layers
 from .generate import SpeculativeDecoding
 from .heads import SelectedRows, build_heads
-from .hub import HUB_ARGUMENTS, Checkpoint, find_checkpoint, write_custom_generate
+from .hub import HUB_ARGUMENTS, PUSH_ARGUMENTS, Checkpoint, find_checkpoint, upload, write_custom_generate
 from .state import GenerationStats
 
 logger = logging.get_logger(__name__)
@@ -231,13 +232,29 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         serves as `custom_generate=`.
         """
         push_to_hub = kwargs.pop("push_to_hub", False)
+        hub_arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
         with _shipping_code(self) if include_code else nullcontext():
             super().save_pretrained(save_directory, **kwargs)
         self.generation_config.save_pretrained(save_directory)
         if include_code:
             write_custom_generate(save_directory)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))))
+            hub_arguments.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            upload(save_directory, **hub_arguments)
+
+    def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs: Any) -> str:
+        """Save the draft as `save_pretrained` does and upload it to `repo_id`, which is made where it is missing.
+
+        Args:
+            kwargs: `token`, `private`, `revision`, `commit_message`, `create_pr`, as in transformers; others are
+                save_pretrained's.
+
+        Returns the address of the commit.
+        """
+        hub_arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, include_code=include_code, **kwargs)
+            return upload(folder, repo_id=repo_id, **hub_arguments)
 
 
 @contextmanager
