@@ -23,7 +23,7 @@ _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def demo_draft_folder() -> Path:
     """The folder of the shipped draft of the demo's target."""
-    return Path(__file__).parent / "weights" / "smollm2_dspark_2L_r64"
+    return Path(__file__).parent / "weights" / "smollm2_dspark_2L_12k"
 
 
 def demo_target_folder() -> Path:
