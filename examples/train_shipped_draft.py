@@ -4,7 +4,8 @@
 
 DIR of --eval-data holds gsm8k.jsonl, math500.jsonl, mbpp.jsonl, humaneval.jsonl and mt-bench.jsonl with a prompt a
 line (`{"turns": [...]}`); the lines listed in model_cards/smollm2_dspark_split.json are kept out of training and
-written to OUTPUT/held_out, for `hf-dspark bench` and `calibrate`. The target writes the chat prompts itself.
+written to OUTPUT/held_out, for `hf-dspark bench` and `calibrate`. The chat prompts beside that file are the target's own
+(`self:700` with the seeds 1000 and 2000, `self:100` with 3000). Reported are the first 50 lines of each set.
 """
 
 import argparse
@@ -16,30 +17,24 @@ import torch
 
 from hf_dspark.demo import demo_target_folder, load_demo_target
 from hf_dspark.train import TrainConfig, train
-from hf_dspark.train.prompts import self_prompts
 
-SPLIT = Path(__file__).parent.parent / "model_cards" / "smollm2_dspark_split.json"
-CHAT_PROMPTS = {"train": {1000: 700, 2000: 700}, "held_out": {3000: 100}}  # seed -> number
+CARDS = Path(__file__).parent.parent / "model_cards"
 
 
 def write_prompts(eval_data: Path, folder: Path) -> None:
     """`folder`/train/*.jsonl and `folder`/held_out/*.jsonl: every set's lines, parted as the split says, and chat."""
-    split = json.loads(SPLIT.read_text(encoding="utf-8"))["held_out_lines"]
-    for part in CHAT_PROMPTS:
+    split = json.loads((CARDS / "smollm2_dspark_split.json").read_text(encoding="utf-8"))["held_out_lines"]
+    for part in ("train", "held_out"):
         (folder / part).mkdir(parents=True, exist_ok=True)
+        chat = (CARDS / f"smollm2_chat_{part}.jsonl").read_text(encoding="utf-8")
+        (folder / part / "chat.jsonl").write_text(chat, encoding="utf-8")
     for name, held_out in split.items():
         lines = (eval_data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         parts = {"train": set(range(len(lines))).difference(held_out), "held_out": set(held_out)}
         for part, numbers in parts.items():
             text = "".join(lines[number] + "\n" for number in sorted(numbers))
             (folder / part / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    target, tokenizer = load_demo_target()
-    for part, counts in CHAT_PROMPTS.items():
-        for seed, count in counts.items():
-            file = folder / part / f"chat_{seed}.jsonl"
-            if not file.exists():
-                turns = self_prompts(target, tokenizer, count, seed=seed)
-                file.write_text("".join(json.dumps({"turns": t}) + "\n" for t in turns), encoding="utf-8")
+    load_demo_target()  # unpacks it, where it is not yet
 
 
 def config(folder: Path) -> TrainConfig:

@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     demo.add_argument("--device", default="cpu", type=device)
     demo.add_argument("--threads", default=1, type=positive, help="default 1: so small a model gains nothing by more")
-    _add_generation(demo, num_assistant_tokens=4)
+    _add_generation(demo, num_assistant_tokens=None)
     demo.set_defaults(run=_demo)
     add_train_command(commands)
     add_eval_commands(commands)

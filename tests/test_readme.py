@@ -50,6 +50,6 @@ def test_functions_the_readme_names_exist(name):
 
 
 def test_numbers_of_the_readme_and_the_model_card_agree():
-    card = (ROOT / "model_cards" / "smollm2_dspark_2L_r64.md").read_text(encoding="utf-8")
+    card = (ROOT / "model_cards" / "smollm2_dspark_2L_12k.md").read_text(encoding="utf-8")
     for figure in re.findall(r"\| (?:bf16|fp32) \| ([\d.]+) \| ([\d.]+)x", README):
         assert all(number in card for number in figure)
