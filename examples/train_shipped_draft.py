@@ -4,8 +4,8 @@
 
 DIR of --eval-data holds gsm8k.jsonl, math500.jsonl, mbpp.jsonl, humaneval.jsonl and mt-bench.jsonl with a prompt a
 line (`{"turns": [...]}`); the lines listed in model_cards/smollm2_dspark_split.json are kept out of training and
-written to OUTPUT/held_out, for `hf-dspark bench` and `calibrate`. The chat prompts beside that file are the target's own
-(`self:700` with the seeds 1000 and 2000, `self:100` with 3000). Reported are the first 50 lines of each set.
+written to OUTPUT/held_out, for `hf-dspark bench` and `calibrate`. The chat prompts beside that file are the target's
+own (`self:700` with the seeds 1000 and 2000, `self:100` with 3000). Reported are the first 50 lines of each set.
 """
 
 import argparse
