@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32", "float16"))
     generate.add_argument("--device", default="auto", type=device, help='"auto" (default), "cpu", "cuda:1", ...')
     generate.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
-    _add_generation(generate, num_assistant_tokens=None)
+    _add_generation(generate)
     generate.set_defaults(run=_generate)
 
     demo = commands.add_parser("demo", help="SmolLM2-135M-Instruct with the shipped draft, on three prompts")
@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     demo.add_argument("--device", default="cpu", type=device)
     demo.add_argument("--threads", default=1, type=positive, help="default 1: so small a model gains nothing by more")
-    _add_generation(demo, num_assistant_tokens=None)
+    _add_generation(demo)
     demo.set_defaults(run=_demo)
     add_train_command(commands)
     add_eval_commands(commands)
@@ -203,19 +203,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_generation(parser: argparse.ArgumentParser, *, num_assistant_tokens: int | None) -> None:
-    default = "the draft's own" if num_assistant_tokens is None else num_assistant_tokens
+def _add_generation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max-new-tokens", default=128, type=positive)
     add("--temperature", default=0.0, type=float, help="0 (default) is greedy")
     add("--top-p", type=float, help="with a temperature; default: the target's own")
     add("--top-k", type=int, help="with a temperature; default: the target's own")
-    add(
-        "--num-assistant-tokens",
-        default=num_assistant_tokens,
-        type=int,
-        help=f"drafted tokens verified in a round; default: {default}",
-    )
+    add("--num-assistant-tokens", type=int, help="drafted tokens verified in a round; default: the draft's own")
     add("--confidence-threshold", type=float, help="verify no drafted token of a lower confidence")
     add("--no-chat-template", dest="chat_template", action="store_false", help="take the prompt as it is")
     add("--seed", type=int, help="of the sampling")
