@@ -17,7 +17,7 @@ def add_commands(commands) -> None:
     add = parser.add_argument
     add("draft", metavar="DRAFT", help="folder or Hub name of a draft in any packaging")
     add("--target", required=True, help="folder or Hub name of the target it was trained for")
-    add("--prompts", metavar="FILE", help="jsonl with `turns`; default: six of our own")
+    add("--prompts", metavar="FILE", help="jsonl with `turns`; default: ten of our own")
     add("--num-prompts", type=positive, default=8, help="only the first of them (default 8)")
     add("--max-new-tokens", default=64, type=positive)
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32", "float16"))
@@ -52,7 +52,8 @@ def _print(diagnosis: Diagnosis) -> None:
     print(f"\ngreedy self-test: tau {diagnosis.tau:.2f} (a draft worth having: {POOR_TAU} or more)")
     print(f"expected at temperature 1 on the same text: {diagnosis.expected_tau:.2f}")
     for variant in diagnosis.variants:
-        print(f"  with {variant.name}: {variant.tau:.2f}, better on {variant.num_better} of {diagnosis.num_texts}")
+        changed = f"{variant.tau:.2f} instead of {variant.tau_as_is:.2f}"
+        print(f"  {variant.name}: {changed}, better on {variant.num_better} of {variant.num_texts} texts")
     if diagnosis.fault is not None:
         print(f"FAULT: it is better with {diagnosis.fault.name}. To mend it, {diagnosis.fault.remedy}.")
     elif not diagnosis.is_healthy:

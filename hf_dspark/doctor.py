@@ -26,22 +26,34 @@ PROMPTS = (
     "Give me a short recipe for pancakes.",
     "A train travels 180 km in 3 hours. What is its average speed, and how far does it go in 5 hours?",
     "Write a short story about a fox who finds a lamp.",
+    "A shop sells 3 apples for 2 dollars. How much do 12 apples cost?",
+    "Sara reads 15 pages a day. How many days does she need for 240 pages?",
+    "What is the difference between a frog and a toad?",
+    "Name three uses of a paper clip.",
 )
 # Accepted lengths below it are hardly worth a draft (a plain decoding step is 1).
 POOR_TAU = 1.8
-# A variant names a fault where it is better on most texts and adds so much to the accepted drafted tokens.
-_CLEARLY_BETTER = 1.03
+# A variant names a fault where it adds so much to the accepted drafted tokens, and is better on so many of the texts.
+_CLEARLY_BETTER, _MOST = 1.03, 0.6
 _NUM_ANCHORS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The draft with one thing changed: its expected accepted length on the same text, and how to keep the change."""
+    """The draft with one thing changed: its expected accepted length, and how to keep the change."""
 
     name: str
     remedy: str
     tau: float
-    num_better: int  # texts on which it beats the draft as it is
+    tau_as_is: float  # of the draft as it is, on the same text
+    num_better: int  # texts on which the change is for the better
+    num_texts: int
+
+    @property
+    def is_clearly_better(self) -> bool:
+        """Whether the change adds more than chance would, and on most texts."""
+        adds = self.tau - 1 > _CLEARLY_BETTER * (self.tau_as_is - 1)
+        return adds and self.num_better >= _MOST * self.num_texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +63,7 @@ class Diagnosis:
     facts: dict[str, str]
     comparisons: tuple[Comparison, ...]  # plain against speculative generation, a prompt each
     expected_tau: float  # teacher-forced at temperature 1, the draft as it is
-    variants: tuple[Variant, ...]  # best first
-    num_texts: int
+    variants: tuple[Variant, ...]  # those that add most first
 
     @property
     def tau(self) -> float:
@@ -63,11 +74,7 @@ class Diagnosis:
     @property
     def fault(self) -> Variant | None:
         """The variant that is clearly better than the draft as it is; None where there is none."""
-        for variant in self.variants:
-            is_better = variant.tau - 1 > _CLEARLY_BETTER * (self.expected_tau - 1)
-            if is_better and variant.num_better >= 0.75 * self.num_texts:
-                return variant
-        return None
+        return next((variant for variant in self.variants if variant.is_clearly_better), None)
 
     @property
     def is_healthy(self) -> bool:
@@ -102,10 +109,14 @@ def examine(
         with change():
             variants.append(_variant(name, remedy, _taus(draft, target, samples), base))
     for name, other in others:
-        taus = _taus(draft, target, _samples(target, other, prompts, max_new_tokens))
-        variants.append(_variant(name, f"encode prompts {name}", taus, base))
-    variants.sort(key=lambda variant: -variant.tau)
-    return Diagnosis(_facts(draft, target), tuple(comparisons), _mean(base), tuple(variants), len(base))
+        # Other encodings have other answers. The draft knows the one that it was trained with: on the answers written
+        # after it, it is worth more with that encoding before them than with another.
+        theirs = _samples(target, other, prompts, max_new_tokens)
+        ours = [_behind(encode(prompts[sample.index]), sample) for sample in theirs]
+        taus = (_taus(draft, target, samples) for samples in (theirs, ours))
+        variants.append(_variant(name, f"encode prompts {name}", *taus))
+    variants.sort(key=lambda variant: variant.tau_as_is - variant.tau)
+    return Diagnosis(_facts(draft, target), tuple(comparisons), _mean(base), tuple(variants))
 
 
 def _facts(draft: DSparkDraftModel, target: PreTrainedModel) -> dict[str, str]:
@@ -171,6 +182,13 @@ def _samples(target, encode, prompts: Sequence[str], max_new_tokens: int) -> lis
     return samples
 
 
+def _behind(inputs, sample: Sample) -> Sample:
+    """The answer of `sample` behind another prompt."""
+    (start, stop), prompt = sample.answer_spans[0], inputs["input_ids"][0].tolist()
+    answer = sample.input_ids[start:stop]
+    return Sample(sample.index, prompt + answer, [(len(prompt), len(prompt) + len(answer))])
+
+
 @torch.no_grad()
 def _taus(draft: DSparkDraftModel, target: PreTrainedModel, samples: Sequence[Sample]) -> list[float]:
     """Expected accepted length at temperature 1 on each text, every position of it the anchor of a block."""
@@ -198,8 +216,8 @@ def _taus(draft: DSparkDraftModel, target: PreTrainedModel, samples: Sequence[Sa
 
 
 def _variant(name: str, remedy: str, taus: list[float], base: list[float]) -> Variant:
-    better = sum(ours > as_is for ours, as_is in zip(taus, base, strict=False))
-    return Variant(name, remedy, _mean(taus), better)
+    better = sum(ours > as_is for ours, as_is in zip(taus, base, strict=True))
+    return Variant(name, remedy, _mean(taus), _mean(base), better, len(base))
 
 
 def _mean(values: Sequence[float]) -> float:
