@@ -1,6 +1,7 @@
 """Accepted length has a floor: a draft that is fed wrongly stays lossless and is dead."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ STORIES = [
     "Mia wanted to bake a cake.",
 ]
 # Recorded with this code, fp32, 64 greedy tokens: 2.667 and 2.118; 3 % below is a failure.
+# Recorded with this code, fp32, 64 greedy tokens: 4.755; 3 % below is a failure.
+OWN_FLOOR = 4.61
 FLOORS = {"tiny_dspark_1L_r64": 2.59, "tiny_dflash_1L": 2.05}
 
 
@@ -50,6 +53,33 @@ def test_trained_tiny_draft_is_accepted_as_recorded(name):
     assert draft.lm_head is None  # its copies are the target's
     prompts = [tokenizer(text, return_tensors="pt", return_token_type_ids=False) for text in STORIES]
     assert _tau(target, draft, prompts, max_new_tokens=64, eos_token_id=None) >= FLOORS[name]
+
+
+OWN_PAIR = Path(__file__).parent / "tiny_pair"  # made by examples/train_tiny_pair.py
+OWN_STORIES = [
+    "Once upon a time there was a curious",
+    "There once lived a clever rabbit called Anna. Anna",
+    "There once lived a",
+    "Mia was a",
+    "Once upon a time there was a brave mouse named Leo.",
+    "Tom was a shy fox who lived by the lake.",
+    "There once lived a funny bear called",
+    "Once upon a time",
+]
+
+
+@pytest.mark.core
+def test_own_tiny_pair_writes_stories_and_is_accepted_as_recorded():
+    target = AutoModelForCausalLM.from_pretrained(OWN_PAIR / "target", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(OWN_PAIR / "target")
+    draft = DSparkDraftModel.from_pretrained(OWN_PAIR / "draft", target=target, dtype=torch.float32)
+    prompts = [tokenizer(text, return_tensors="pt") for text in OWN_STORIES]
+    assert _tau(target, draft, prompts, max_new_tokens=64, eos_token_id=None) >= OWN_FLOOR
+    story = tokenizer.decode(target.generate(**prompts[0], max_new_tokens=120, do_sample=False)[0])
+    assert re.search(r" named \w+\..*One .*\.", story)
+    sizes = {name: (OWN_PAIR / name / "model.safetensors").stat().st_size for name in ("target", "draft")}
+    assert sizes["target"] <= 8e6
+    assert sizes["draft"] <= 3e6
 
 
 def test_features_of_the_wrong_position_fall_below_the_floor(monkeypatch):
