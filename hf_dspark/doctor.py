@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .comparison import Comparison, compare
 from .features import num_target_layers
 from .modeling_dspark import BACKBONES, DSparkDraftModel
-from .train.anchors import build_blocks, sample_anchors
+from .train.anchors import blocks_of_draft, sample_anchors
 from .train.answers import Sample
 from .train.step import TrainingStep
 from .train.target import FrozenTarget
@@ -96,8 +96,7 @@ def examine(
     Raises ValueError where no prompt has an answer that is long enough to measure on.
     """
     encodings = _encodings(tokenizer, as_chat)
-    (as_asked, encode), *others = encodings.items()
-    del as_asked
+    (_, encode), *others = encodings.items()
     comparisons = [
         compare(target, draft, encode(prompt).to(target.device), max_new_tokens=max_new_tokens, do_sample=False)
         for prompt in prompts
@@ -192,21 +191,11 @@ def _behind(inputs, sample: Sample) -> Sample:
 @torch.no_grad()
 def _taus(draft: DSparkDraftModel, target: PreTrainedModel, samples: Sequence[Sample]) -> list[float]:
     """Expected accepted length at temperature 1 on each text, every position of it the anchor of a block."""
-    config = draft.config
-    frozen = FrozenTarget(target, config.target_layer_ids, draft.draft_token_ids)
+    frozen = FrozenTarget(target, draft.config.target_layer_ids, draft.draft_token_ids)
     step, taus = TrainingStep(draft, frozen), []
-    window = config.sliding_window if "sliding_attention" in config.layer_types else None
     for sample in samples:
-        blocks = build_blocks(
-            sample,
-            sample_anchors(sample, _NUM_ANCHORS, torch.Generator().manual_seed(0)),
-            block_size=config.block_size,
-            mask_token_id=config.mask_token_id,
-            position_decay=4.0,
-            first_slot=config.first_slot,
-            causal=config.causal,
-            window=window,
-        ).to(target.device)
+        anchors = sample_anchors(sample, _NUM_ANCHORS, torch.Generator().manual_seed(0))
+        blocks = blocks_of_draft(draft.config, sample, anchors, position_decay=4.0).to(target.device)
         _, outcomes = step(frozen.read(sample.input_ids), blocks)
         supervised = blocks.weights > 0
         overlap = torch.zeros(supervised.shape, device=supervised.device)

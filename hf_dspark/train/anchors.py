@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..configuration_dspark import DSparkConfig
 from .answers import Sample
 
 
@@ -33,6 +34,20 @@ def sample_anchors(sample: Sample, num_anchors: int, generator: torch.Generator)
     eligible = torch.cat([torch.arange(start, stop - 1) for start, stop in sample.answer_spans])
     chosen = torch.randperm(len(eligible), generator=generator)[:num_anchors]
     return eligible[chosen].sort().values
+
+
+def blocks_of_draft(config: DSparkConfig, sample: Sample, anchors: torch.Tensor, *, position_decay: float) -> Blocks:
+    """Blocks of `anchors` [A] as a draft of this config reads them; its layers must be of one type."""
+    return build_blocks(
+        sample,
+        anchors,
+        block_size=config.block_size,
+        mask_token_id=config.mask_token_id,
+        position_decay=position_decay,
+        first_slot=config.first_slot,
+        causal=config.causal,
+        window=config.sliding_window if "sliding_attention" in config.layer_types else None,
+    )
 
 
 def build_blocks(

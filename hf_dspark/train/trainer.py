@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..compat import enable_activation_checkpointing
 from ..modeling_dspark import DSparkDraftModel
-from .anchors import Blocks, build_blocks, sample_anchors
+from .anchors import Blocks, blocks_of_draft, sample_anchors
 from .answers import Sample, read_answers, write_answers
 from .config import TrainConfig
 from .optimizers import build_optimizers
@@ -170,16 +170,7 @@ class _Run:
         return sample_anchors(sample, self.config.num_anchors, generator)
 
     def _blocks(self, sample: Sample, anchors: torch.Tensor) -> Blocks:
-        return build_blocks(
-            sample,
-            anchors,
-            block_size=self.draft_config.block_size,
-            mask_token_id=self.draft_config.mask_token_id,
-            position_decay=self.config.position_decay,
-            first_slot=self.draft_config.first_slot,
-            causal=self.draft_config.causal,
-            window=self.draft_config.sliding_window if "sliding_attention" in self.draft_config.layer_types else None,
-        )
+        return blocks_of_draft(self.draft_config, sample, anchors, position_decay=self.config.position_decay)
 
     def _save(self, done: int) -> None:
         """Write a checkpoint beside its place and rename it; the one before the newest is kept, older ones go."""
