@@ -6,14 +6,20 @@ DIR of --eval-data holds gsm8k.jsonl, math500.jsonl, mbpp.jsonl, humaneval.jsonl
 line (`{"turns": [...]}`); the lines listed in model_cards/smollm2_dspark_split.json are kept out of training and
 written to OUTPUT/held_out, for `hf-dspark bench` and `calibrate`. The chat prompts beside that file are the target's
 own (`self:700` with the seeds 1000 and 2000, `self:100` with 3000). Reported are the first 50 lines of each set.
+
+    torchrun --nproc-per-node 2 examples/train_shipped_draft.py --eval-data DIR --output DIR2 --warm-start DIR/draft
+
+is the second stage: the first one's answers and a second answer to each prompt, near the greedy one, from the first
+stage's draft at a lower rate.
 """
 
 import argparse
 import json
-import os
+import shutil
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from hf_dspark.demo import demo_target_folder, load_demo_target
 from hf_dspark.train import TrainConfig, train
@@ -37,24 +43,33 @@ def write_prompts(eval_data: Path, folder: Path) -> None:
     load_demo_target()  # unpacks it, where it is not yet
 
 
-def config(folder: Path) -> TrainConfig:
+def take_over_answers(first_stage: Path, folder: Path) -> None:
+    """Prompts and answers of the first stage's output; the run goes on writing where they end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (first_stage / "prompts.jsonl", *sorted(first_stage.glob("answers.*.jsonl"))):
+        if not (folder / file.name).exists():
+            shutil.copy(file, folder / file.name)
+
+
+def config(folder: Path, warm_start: str | None) -> TrainConfig:
+    first = {"learning_rate": 5e-3, "draft_vocab_size": 12288, "layers": 2}
+    second = {"learning_rate": 3e-3, "warm_start": warm_start, "answers_per_prompt": 2}
+    temperature = 0.6 if warm_start is None else 0.3
     return TrainConfig(
         target=str(demo_target_folder()),
         prompts=[str(file) for file in sorted((folder / "train").glob("*.jsonl"))],
         exclude=[str(file) for file in sorted((folder / "held_out").glob("*.jsonl"))],
         output=str(folder / "draft"),
-        layers=2,
-        draft_vocab_size=12288,
         steps=1000,
-        learning_rate=5e-3,
         batch_size=16,
         eval_every=100,
         save_every=100,
         max_new_tokens=192,
         max_length=640,
-        generation={"do_sample": True, "temperature": 0.6, "top_k": 0},
+        generation={"do_sample": True, "temperature": temperature, "top_k": 0},
         feature_cache=True,
         seed=20261125,
+        **(first if warm_start is None else second),
     )
 
 
@@ -62,11 +77,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--eval-data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--warm-start")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if int(os.environ.get("RANK", "0")) == 0:
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    if processes.is_main_process:
         write_prompts(args.eval_data, args.output)
-    train(config(args.output))
+        if args.warm_start:
+            take_over_answers(Path(args.warm_start), args.output / "draft")
+    processes.wait_for_everyone()
+    train(config(args.output, args.warm_start))
 
 
 if __name__ == "__main__":

@@ -110,15 +110,7 @@ class RotaryEmbedding(Gemma4TextRotaryEmbedding):
 
     def __init__(self, config: DSparkConfig):
         super().__init__(_theirs(config))
-        self._draft_config = config
-
-    @torch.no_grad()
-    def init_buffers(self) -> None:
-        """Compute the frequencies, which no checkpoint holds; loading makes the module without them."""
-        with torch.device("cpu"):
-            fresh = type(self)(self._draft_config)
-        for name, buffer in fresh.named_buffers():
-            self.get_buffer(name).copy_(buffer)
+        self.draft_config = config
 
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return super().forward(hidden_states, position_ids, _FULL)

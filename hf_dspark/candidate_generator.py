@@ -77,6 +77,8 @@ class DSparkCandidateGenerator(CandidateGenerator):
             kept = mask[0, window].bool().to(features.device)
             features, position_ids = features[:, kept], position_ids[:, kept]
         self.context.target_length += num_new
+        if self.draft.context_window is not None:  # the rest of a long prompt would be projected for nothing
+            features, position_ids = (part[:, -self.draft.context_window :] for part in (features, position_ids))
         self.context.add(features, position_ids)
 
     def observe(self, features: torch.Tensor) -> None:
@@ -217,7 +219,9 @@ def _rewind(context: DraftContext, past_length: int) -> bool:
     if surplus == 0:
         return True
     pending = sum(part.shape[1] for part in context.features)
-    if surplus < 0 or surplus > pending + context.cache.get_seq_length():
+    # A cache that keeps a window has forgotten what would come back into it.
+    in_cache = 0 if any(context.cache.is_sliding) else context.cache.get_seq_length()
+    if surplus < 0 or surplus > pending + in_cache:
         return False
     if pending:
         features, positions = context.take()

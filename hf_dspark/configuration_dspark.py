@@ -4,7 +4,21 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
-BACKBONE_TYPES = ("qwen3", "gemma4")
+BACKBONE_TYPES = ("qwen3", "gemma4", "deepseek_v4")
+DEEPSEEK_V4_FIELDS = (
+    "experts",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "scoring_func",
+    "routed_scaling_factor",
+    "swiglu_limit",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "hc_eps",
+)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -13,8 +27,9 @@ class DSparkConfig(PreTrainedConfig):
     """Configuration of a DSpark draft.
 
     Args:
-        backbone_type: decoder layers of the draft; "qwen3" or "gemma4".
-        backbone_config: what one backbone alone knows; gemma4: `attention_k_eq_v` (values are made from the keys).
+        backbone_type: decoder layers of the draft; "qwen3", "gemma4" or "deepseek_v4".
+        backbone_config: what one backbone alone knows; gemma4: `attention_k_eq_v` (values are made from the keys);
+            deepseek_v4: its own fields under transformers' names, and `experts`: "packed" or "dequantized".
         embed_scale: factor on embedded tokens; None is 1.
         final_logit_softcapping: base logits pass cap * tanh(logits / cap); None leaves them.
         vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
@@ -36,7 +51,8 @@ class DSparkConfig(PreTrainedConfig):
             is the whole vocabulary.
         markov_rank: rank of the sequential head; 0 is a draft without one.
         markov_head_type: "vanilla", "gated" or "rnn".
-        enable_confidence_head, confidence_head_with_markov: whether there is one, and whether it reads W1[x_{k-1}].
+        enable_confidence_head, confidence_head_with_markov, confidence_head_bias: whether there is one, whether it
+            reads W1[x_{k-1}], and whether it has a bias.
         confidence_temperatures: T_k of the calibrated confidence sigmoid(logit_k / T_k), one for each block position
             (`hf-dspark calibrate` fits them); None is the head as it was trained.
         has_embed_tokens, has_lm_head: whether the draft holds its own copies; otherwise the target's are used.
@@ -78,6 +94,7 @@ class DSparkConfig(PreTrainedConfig):
     markov_head_type: str = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
+    confidence_head_bias: bool = True
     confidence_temperatures: list[float | int] | None = None
     has_embed_tokens: bool = False
     has_lm_head: bool = False
@@ -150,6 +167,8 @@ class DSparkConfig(PreTrainedConfig):
                 f"`sliding_window` {self.sliding_window}, `attention_sinks` {self.attention_sinks}, "
                 f"`rope_interleaved` {self.rope_interleaved}."
             )
+        if self.backbone_type == "deepseek_v4":
+            self._check_deepseek_v4()
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPES[self.sliding_window is not None]] * self.num_hidden_layers
         types = self.layer_types
@@ -160,6 +179,27 @@ class DSparkConfig(PreTrainedConfig):
             )
         if "sliding_attention" in types and self.sliding_window is None:
             raise ValueError("`layer_types` has sliding layers, so `sliding_window` must say how wide they are.")
+
+    def _check_deepseek_v4(self) -> None:
+        fixed = {"attention_sinks": True, "rope_interleaved": True, "causal": False, "first_slot": 0}
+        wrong = {name: getattr(self, name) for name, value in fixed.items() if getattr(self, name) != value}
+        if wrong or self.sliding_window is None:
+            raise ValueError(
+                f"A draft of deepseek_v4 layers always has {fixed} and a `sliding_window`, got {wrong} and "
+                f"`sliding_window` {self.sliding_window}. Take the config that was saved with the draft."
+            )
+        own = self.backbone_config or {}
+        missing = [name for name in DEEPSEEK_V4_FIELDS if own.get(name) is None]
+        if missing or own["experts"] not in ("packed", "dequantized"):
+            raise ValueError(
+                f"`backbone_config` of a draft of deepseek_v4 layers must hold {', '.join(DEEPSEEK_V4_FIELDS)}, and "
+                f'`experts` is "packed" or "dequantized"; got {own}. Take the config that was saved with the draft.'
+            )
+        if not 1 <= own["num_experts_per_tok"] <= own["n_routed_experts"]:
+            raise ValueError(
+                f"`num_experts_per_tok` must be 1 to `n_routed_experts` ({own['n_routed_experts']}), got "
+                f"{own['num_experts_per_tok']}. Correct the one that is wrong."
+            )
 
     def _check_temperatures(self, temperatures: list[float | int]) -> None:
         if not self.enable_confidence_head:

@@ -107,12 +107,13 @@ class ConfidenceHead(nn.Module):
     def __init__(self, config: DSparkConfig):
         super().__init__()
         extra = config.markov_rank if config.confidence_head_with_markov else 0
-        self.proj = nn.Linear(config.hidden_size + extra, 1)
+        self.proj = nn.Linear(config.hidden_size + extra, 1, bias=config.confidence_head_bias)
 
     def forward(self, hidden_states: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
         """Logits [B, g] from hidden states [B, g, H] and W1 of the previous tokens [B, g, r] (None: not used)."""
         inputs = hidden_states if previous is None else torch.cat([hidden_states, previous], dim=-1)
-        return nn.functional.linear(inputs.float(), self.proj.weight.float(), self.proj.bias.float()).squeeze(-1)
+        bias = None if self.proj.bias is None else self.proj.bias.float()
+        return nn.functional.linear(inputs.float(), self.proj.weight.float(), bias).squeeze(-1)
 
 
 MARKOV_HEADS = {"vanilla": MarkovHead, "gated": GatedMarkovHead, "rnn": RNNHead}

@@ -16,20 +16,30 @@ from transformers import AutoConfig, AutoModel, Cache, DynamicCache, GenerationC
 from transformers.utils import logging
 
 from .attention import draft_masks
+from .backbone_deepseek_v4 import DeepseekV4Backbone
 from .backbone_gemma4 import Gemma4Backbone
 from .backbone_qwen3 import Qwen3Backbone
 from .configuration_dspark import DSparkConfig
-from .dialects import UNUSED, read_dialect
+from .dialects import UNUSED
 from .door import UnpatchedDoor, install
-from .features import num_target_layers
 from .generate import SpeculativeDecoding
 from .heads import SelectedRows, build_heads
-from .hub import HUB_ARGUMENTS, PUSH_ARGUMENTS, Checkpoint, find_checkpoint, upload, write_custom_generate
+from .hub import HUB_ARGUMENTS, PUSH_ARGUMENTS, find_checkpoint, upload, write_custom_generate
+from .loading import (
+    check_draft_tokens,
+    check_target,
+    check_tensors,
+    check_values,
+    device_of,
+    equals_targets,
+    with_experts,
+)
+from .slots import window_cache
 from .state import GenerationStats
 
 logger = logging.get_logger(__name__)
 
-BACKBONES = {"qwen3": Qwen3Backbone, "gemma4": Gemma4Backbone}
+BACKBONES = {"qwen3": Qwen3Backbone, "gemma4": Gemma4Backbone, "deepseek_v4": DeepseekV4Backbone}
 
 
 class DSparkPreTrainedModel(PreTrainedModel):
@@ -45,10 +55,17 @@ class DSparkPreTrainedModel(PreTrainedModel):
     # Copies of the target's that the draft does not use when it shares the target's own.
     _keys_to_ignore_on_load_unexpected = [rf"^(model\.)?{re.escape(name)}$" for name in UNUSED]
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "init_buffers"):
-            module.init_buffers()
+        if hasattr(module, "init_own_weights"):
+            module.init_own_weights()
+        if module is self.rotary_emb and hasattr(module, "draft_config"):
+            # Frequencies, which no checkpoint holds; transformers' general rule does not know these modules.
+            with torch.device("cpu"):
+                fresh = type(module)(module.draft_config)
+            for name, buffer in fresh.named_buffers():
+                module.get_buffer(name).copy_(buffer)
 
 
 class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel):
@@ -68,6 +85,8 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         self.layers = nn.ModuleList(backbone.DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = backbone.RMSNorm(hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = backbone.RotaryEmbedding(config)
+        # DeepSeek-V4's layers work on several residual streams, which this collapses behind the last one.
+        self.hc_head = backbone.HyperHead(config) if hasattr(backbone, "HyperHead") else None
         self.markov_head, self.confidence_head = build_heads(config)
         if config.draft_vocab_size is not None:  # draft token i is token i + d2t[i] of the target
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
@@ -85,29 +104,35 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,  # [B, 1, g, keys]  True where seen; None: as the config says
     ) -> torch.Tensor:
-        """Hidden states [B, g, H] of the block after the final norm; the new context and the block enter `cache`.
+        """Hidden states [B, g, H] of the block, which the heads read; the new context and the block enter `cache`.
 
+        They have passed the final norm, but for DeepSeek-V4's, which `compute_logits` norms.
         Training packs many blocks behind one context, without a cache: then g counts them all and the mask parts them.
         """
         hidden_states = self._embed(block_ids)
         config = self.config
         masks = dict.fromkeys(config.layer_types, attention_mask)
         if attention_mask is None:
-            num_keys = position_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+            num_keys = position_ids.shape[1]
+            if cache is not None:
+                num_keys, _ = cache.get_mask_sizes(num_keys, 0)
             settings = {"causal": config.causal, "window": config.sliding_window, "device": hidden_states.device}
             masks = draft_masks(config.layer_types, block_ids.shape[1], num_keys, **settings)
         context = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        if self.hc_head is not None:
+            hidden_states = hidden_states.unsqueeze(2).expand(-1, -1, self.hc_head.hc_mult, -1).contiguous()
         for layer, layer_type in zip(self.layers, config.layer_types, strict=True):
             hidden_states = layer(hidden_states, context, position_embeddings, cache, masks[layer_type])
-        return self.norm(hidden_states)
+        return self.norm(hidden_states) if self.hc_head is None else self.hc_head(hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Base logits U_k [..., V] of the draft's tokens in fp32, by the draft's own lm_head or the target's."""
         head = self.lm_head if self.lm_head is not None else self._borrowed.get("lm_head")
         weight = getattr(head, "weight", None)  # SelectedRows moves its inputs itself
         like = weight if weight is not None and weight.is_floating_point() and weight.device.type != "meta" else None
-        inputs = hidden_states if like is None else hidden_states.to(like.device, like.dtype)
+        inputs = hidden_states if self.hc_head is None else self.norm(hidden_states)
+        inputs = inputs if like is None else inputs.to(like.device, like.dtype)
         logits = head(inputs).to(hidden_states.device, torch.float32)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -131,9 +156,16 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         everywhere = draft_logits.new_full((draft_logits.shape[0], self.config.vocab_size), -torch.inf)
         return everywhere.index_copy_(1, ids, draft_logits)
 
+    @property
+    def context_window(self) -> int | None:
+        """Positions of the context before the anchor that any layer sees; None: all of them."""
+        return None if "full_attention" in self.config.layer_types else self.config.sliding_window
+
     def new_cache(self) -> Cache:
-        """An empty cache for the draft's context."""
-        return DynamicCache()
+        """An empty cache for the draft's context, which keeps no more of it than the layers see."""
+        if self.context_window is None:
+            return DynamicCache()
+        return window_cache(self.context_window, self.config.num_hidden_layers)
 
     def get_input_embeddings(self) -> nn.Module | None:
         return self.embed_tokens
@@ -179,6 +211,7 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         *model_args: Any,
         target: PreTrainedModel | None = None,
         config: DSparkConfig | None = None,
+        experts: str | None = None,
         **kwargs: Any,
     ) -> "DSparkDraftModel":
         """Load a draft from a folder or the Hub, in our own layout or the authors'.
@@ -187,14 +220,18 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
             target: the model it drafts for. Its embedding and lm_head are shared where the draft has none of its own
                 or equal ones, and the draft is placed on its device unless `device_map` is given. Without it the
                 draft uses its own copies, or borrows at the first generate().
+            experts: of a DeepSeek-V4 checkpoint: "packed" keeps the routed experts in fp4, dequantised where a block
+                hits them, "dequantized" makes them bfloat16, four times as large. Default is the latter where it fits
+                into the free memory.
             kwargs: as for any transformers model (dtype, device_map, revision, ...), and fields of DSparkConfig.
 
         Raises ValueError where config, tensors and target do not fit together.
         """
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         checkpoint = find_checkpoint(pretrained_model_name_or_path, **hub_arguments)
+        checkpoint = with_experts(checkpoint, experts, target)
         if config is None:
-            decision = read_dialect(checkpoint.config, checkpoint.shapes)
+            decision = checkpoint.decide()
             if decision.is_foreign:
                 logger.warning_once(f"{pretrained_model_name_or_path}: DSpark draft in {decision.reason}.")
             overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in DSparkConfig.__annotations__}
@@ -202,19 +239,19 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         if target is not None:
             check_target(config, target)
         if "d2t" in checkpoint.entries:
-            _check_draft_tokens(config, checkpoint)
+            check_draft_tokens(config, checkpoint)
         for name in ("embed_tokens", "lm_head"):
-            is_own = f"{name}.weight" in checkpoint.entries and not _equals_targets(checkpoint, name, target)
+            is_own = f"{name}.weight" in checkpoint.entries and not equals_targets(checkpoint, name, target)
             setattr(config, f"has_{name}", is_own)
-        _check_tensors(cls, config, checkpoint)
-        if target is not None and kwargs.get("device_map") is None and _device_of(target).type != "cpu":
-            kwargs["device_map"] = {"": _device_of(target)}
+        check_tensors(cls, config, checkpoint)
+        if target is not None and kwargs.get("device_map") is None and device_of(target).type != "cpu":
+            kwargs["device_map"] = {"": device_of(target)}
         if checkpoint.is_renamed:
-            kwargs["state_dict"] = {name: checkpoint.tensor(name) for name in checkpoint.entries if name not in UNUSED}
+            kwargs["state_dict"] = checkpoint.state_dict()
         source = None if checkpoint.is_renamed else pretrained_model_name_or_path
         loaded = super().from_pretrained(source, *model_args, config=config, **kwargs)
         draft = loaded[0] if isinstance(loaded, tuple) else loaded
-        _check_values(draft)
+        check_values(draft)
         try:
             draft.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
         except OSError:  # most drafts ship none
@@ -294,99 +331,6 @@ class _Borrowed:
         copied = _Borrowed()
         copied.__dict__.update(self.__dict__)
         return copied
-
-
-def check_target(config: DSparkConfig, target: PreTrainedModel) -> None:
-    """Raise ValueError where a draft of this config cannot have been trained for `target`."""
-    theirs = target.config.get_text_config(decoder=True)
-    name = target.config.name_or_path or type(target).__name__
-    remedy = f"Load the draft that belongs to {name!r}, or the target named in the draft's model card."
-    for field, meaning in (("hidden_size", "hidden size"), ("vocab_size", "vocabulary size")):
-        ours, their = getattr(config, field), getattr(theirs, field)
-        if ours != their:
-            raise ValueError(f"This draft was trained for {meaning} {ours}, but the target has {their}. {remedy}")
-    layers = num_target_layers(target)
-    if max(config.target_layer_ids) >= layers or (config.num_target_layers or layers) != layers:
-        expected = config.num_target_layers or f"more than {max(config.target_layer_ids)}"
-        raise ValueError(
-            f"This draft reads layers {config.target_layer_ids} of a target with {expected} layers, but this target "
-            f"has {layers}. {remedy}"
-        )
-
-
-def _equals_targets(checkpoint: Checkpoint, name: str, target: PreTrainedModel | None) -> bool:
-    """Whether the draft's copy of the target's embedding or lm_head can be dropped for the target's own."""
-    if target is None:
-        return False
-    module = target.get_input_embeddings() if name == "embed_tokens" else target.get_output_embeddings()
-    weight = module.weight
-    if weight.device.type == "meta" or not weight.is_floating_point():
-        logger.warning_once(f"The target's `{name}` cannot be read (offloaded or quantised); the draft keeps its own.")
-        return False
-    ours, theirs = checkpoint.tensor(f"{name}.weight"), weight.detach()
-    if name == "lm_head" and "d2t" in checkpoint.entries:
-        offsets = checkpoint.tensor("d2t")
-        theirs = theirs[(offsets + torch.arange(len(offsets))).to(theirs.device)]
-    if ours.shape == theirs.shape and torch.equal(ours, theirs.to("cpu", ours.dtype)):
-        return True
-    logger.warning_once(
-        f"The draft's `{name}` differs from the target's, so the draft keeps its own. If it was trained with the "
-        "target's, this is another version of the target."
-    )
-    return False
-
-
-def _check_tensors(cls: type[DSparkDraftModel], config: DSparkConfig, checkpoint: Checkpoint) -> None:
-    """Compare names and shapes with what the config asks for, before anything is loaded."""
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
-    found = checkpoint.shapes
-    not_used = set(UNUSED)
-    problems = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - wanted.keys() - not_used),
-        "of another shape": [
-            f"{name} {found[name]} (the config asks for {shape})"
-            for name, shape in wanted.items()
-            if name in found and found[name] != shape
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names)
-        raise ValueError(
-            f"The draft's tensors do not fit its config - {listed}. Get the complete checkpoint, or correct the field "
-            "of config.json that they depend on."
-        )
-
-
-def _check_values(draft: DSparkDraftModel) -> None:
-    """Raise ValueError where loaded tensors cannot be a draft's."""
-    broken = [
-        name
-        for name, parameter in draft.named_parameters()
-        if parameter.is_floating_point() and parameter.device.type != "meta" and not parameter.isfinite().all()
-    ]
-    if broken:
-        raise ValueError(
-            f"The draft's weights hold NaN or infinity ({', '.join(broken[:5])}): the training or the conversion "
-            "failed. Take an earlier checkpoint, or another dtype where bfloat16 weights were read as float16."
-        )
-
-
-def _check_draft_tokens(config: DSparkConfig, checkpoint: Checkpoint) -> None:
-    offsets = checkpoint.tensor("d2t")
-    ids = offsets + torch.arange(len(offsets))
-    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or not (ids.diff() > 0).all():
-        raise ValueError(
-            f"The draft's `d2t` does not name {len(ids)} tokens of a vocabulary of {config.vocab_size} in rising "
-            "order: the file belongs to another tokenizer, or is damaged. Get the complete checkpoint."
-        )
-
-
-def _device_of(target: PreTrainedModel) -> torch.device:
-    """Where the target's last step happens: the draft belongs beside it."""
-    device = target.get_output_embeddings().weight.device
-    return target.device if device.type == "meta" else device
 
 
 AutoConfig.register("dspark", DSparkConfig, exist_ok=True)
