@@ -2,7 +2,7 @@
 
 The list form of `output_hidden_states` is the default; hooks serve where it cannot: a chunked prefill returns only
 its last chunk's states, a user's own `output_hidden_states` occupies the argument, and transformers' entry of the
-last layer is taken after the final norm.
+last layer is taken after the final norm. A target with several residual streams (DeepSeek-V4) is read as their mean.
 """
 
 import threading
@@ -61,7 +61,7 @@ class FeatureTap:
             states = outputs.hidden_states
             # A tuple of L entries has no embedding in front (transformers before 5.23), one of L+1 has.
             offset = self._num_layers + 1 - len(states)
-            parts = [states[i + 1 - offset] for i in self.target_layer_ids]
+            parts = [_one_stream(states[i + 1 - offset]) for i in self.target_layer_ids]
         device = parts[-1].device
         return torch.cat([part.to(device) for part in parts], dim=-1)
 
@@ -70,7 +70,7 @@ class FeatureTap:
 
         def keep(states: torch.Tensor) -> None:
             if threading.get_ident() == thread:  # another thread may generate with the same target
-                captured.append(states)
+                captured.append(_one_stream(states))
 
         if layer_id == -1:
             return layers[0].register_forward_pre_hook(
@@ -79,6 +79,11 @@ class FeatureTap:
         return layers[layer_id].register_forward_hook(
             lambda module, args, output: keep(output[0] if isinstance(output, tuple) else output)
         )
+
+
+def _one_stream(states: torch.Tensor) -> torch.Tensor:
+    """States [B, S, H] of a layer's output [B, S, H] or of its residual streams [B, S, streams, H]."""
+    return states.mean(2) if states.ndim == 4 else states
 
 
 def _decoder_layers(target: PreTrainedModel):

@@ -1,9 +1,16 @@
 """Step 6, roll back: the only file that crops caches or knows what a cache layer can undo."""
 
+import functools
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+import torch
 from transformers import Cache
-from transformers.cache_utils import QuantizedLayer, StaticLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
+
+# Architectures that transformers calls stateful (it refuses them in its own assisted decoding) and whose whole state
+# lies in cache layers that this file can bring back: the flag does not say where the state is.
+UNDOABLE = {"deepseek_v4"}
 
 
 def drop_last(cache: Cache, num_positions: int) -> None:
@@ -16,10 +23,11 @@ def why_not_reversible(target, cache: Cache | None, *, before_prefill: bool) -> 
 
     A `cache` of None is one that is still to be made.
     """
-    # DeepSeek-V4's compressed layers call themselves croppable and are not: the flag of the model comes first.
-    if getattr(target, "_is_stateful", False):
+    layers = cache.layers if cache is not None else []
+    model_type = target.config.get_text_config(decoder=True).model_type
+    if getattr(target, "_is_stateful", False) and model_type not in UNDOABLE:
         return f"{type(target).__name__} keeps a recurrent or compressed state"
-    for layer in cache.layers if cache is not None else ():
+    for layer in layers:
         if isinstance(layer, (StaticLayer, QuantizedLayer)):
             return f"{type(layer).__name__} is not supported yet (use the default dynamic cache)"
         if not before_prefill and not getattr(layer, "is_croppable", True):
@@ -29,14 +37,21 @@ def why_not_reversible(target, cache: Cache | None, *, before_prefill: bool) -> 
 
 @contextmanager
 def recording_past(cache: Cache):
-    """Sliding layers keep what a rollback needs while this is open; afterwards they are as they were before."""
+    """Layers keep what a rollback needs while this is open; afterwards they are as they were before."""
     before = [(layer, layer.record_past) for layer in cache.layers if hasattr(layer, "record_past")]
+    compressed = [(layer, type(layer)) for layer in cache.layers if _is_compressed(layer)]
     cache.activate_past_recording()
+    for layer, layer_class in compressed:
+        layer.__class__ = _recording_class(layer_class)
+        layer.journals = {}
     try:
         yield
     finally:
         for layer, record_past in before:
             layer.record_past = record_past
+        for layer, layer_class in compressed:
+            layer.__class__ = layer_class
+            del layer.journals
 
 
 def cut_to_length(cache: Cache, length: int) -> None:
@@ -44,3 +59,83 @@ def cut_to_length(cache: Cache, length: int) -> None:
     for layer in cache.layers:
         if getattr(layer, "is_initialized", False) and hasattr(layer, "get_seq_length"):
             layer.crop(-max(layer.get_seq_length() - length, 0))
+
+
+def _is_compressed(layer) -> bool:
+    """Whether a layer pools windows of tokens besides its sliding keys, as DeepSeek-V4's do.
+
+    These layers call themselves croppable and are not: only while `recording_past` is open can they be cropped.
+    """
+    return hasattr(layer, "store_compression_weights")
+
+
+@dataclass(slots=True)
+class _Journal:
+    """What one compressor of a layer was given since the last crop."""
+
+    start: int  # position of the first row
+    kv: list[torch.Tensor]  # rows [B, n, ...] of consecutive positions
+    gate: list[torch.Tensor]
+    # By index of the window: its half that the next window reads, as the layer would keep it.
+    overlaps: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = field(default_factory=dict)
+
+
+class _RecordingCompressor(DynamicSlidingWindowLayer):
+    """Put in front of a compressed layer's class: the layer can be cropped back to its last crop, without recomputing.
+
+    An entry of a window depends on tokens up to the window's end alone. Entries of windows within the kept prefix
+    stay; the open window's rows and the overlap with the window before it come from the journal.
+    """
+
+    journals: dict[str, _Journal]  # by the compressor's name
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        # The layer's own update trims to the window at once. Keys are the values, in one storage.
+        keys, _ = DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
+        self.values = self.keys
+        return keys, keys
+
+    def store_compression_weights(self, name: str, kv: torch.Tensor, gate: torch.Tensor):
+        if name not in self.journals:
+            rows, gates = self.buffer_kv[name], self.buffer_gate[name]
+            start = self.entry_count[name] * self.compress_rate
+            self.journals[name] = _Journal(start, *([], []) if rows is None else ([rows], [gates]))
+        self.journals[name].kv.append(kv)
+        self.journals[name].gate.append(gate)
+        return super().store_compression_weights(name, kv, gate)
+
+    def update_overlap_state(self, name: str, chunk_kv: torch.Tensor, chunk_gate: torch.Tensor, head_dim: int):
+        overlaps, first = self.journals[name].overlaps, self.entry_count[name]
+        overlaps.setdefault(first - 1, (self.overlap_kv[name], self.overlap_gate[name]))
+        for i in range(chunk_kv.shape[1]):
+            overlaps[first + i] = chunk_kv[:, i, :, :head_dim], chunk_gate[:, i, :, :head_dim]
+        return super().update_overlap_state(name, chunk_kv, chunk_gate, head_dim)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        DynamicSlidingWindowLayer.crop(self, tokens_to_remove)
+        self.values = self.keys
+        if tokens_to_remove:
+            for name, journal in self.journals.items():
+                self._rewind(name, journal)
+        self.journals.clear()
+
+    def _rewind(self, name: str, journal: _Journal) -> None:
+        """Bring one compressor to the keys' length. One that an exception kept from its tokens has no journal."""
+        length = self.get_seq_length()
+        num_entries = length // self.compress_rate
+        self.entry_count[name] = num_entries
+        if self.compressed_kv[name] is not None:
+            self.compressed_kv[name] = self.compressed_kv[name][:, :num_entries]
+        open_window = slice(num_entries * self.compress_rate - journal.start, length - journal.start)
+        self.buffer_kv[name] = torch.cat(journal.kv, dim=1)[:, open_window]
+        self.buffer_gate[name] = torch.cat(journal.gate, dim=1)[:, open_window]
+        if journal.overlaps:
+            kv, gate = journal.overlaps[num_entries - 1]
+            self.overlap_kv[name] = None if kv is None else kv.clone()
+            self.overlap_gate[name] = None if gate is None else gate.clone()
+
+
+@functools.cache
+def _recording_class(layer_class: type) -> type:
+    # Without a `_layer_type` of its own the new class would take the old one's place in new caches.
+    return type(f"Recording{layer_class.__name__}", (_RecordingCompressor, layer_class), {"_layer_type": None})
