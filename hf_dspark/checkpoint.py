@@ -98,7 +98,7 @@ class DeepseekV4Checkpoint:
         """Read one tensor and what belongs to it; quantised ones come back in bfloat16."""
         part = self.parts[name]
         if part.kind == "plain":
-            return self._read(part.stored[0])
+            return self._read(part.stored[0]).clone()  # not a view of the file, which would stay open
         if part.kind == "fp8":
             weight, scale = (self._read(stored) for stored in part.stored)
             return dequantize_fp8(weight, scale, block_size(self.config), torch.bfloat16)
@@ -115,12 +115,17 @@ class DeepseekV4Checkpoint:
         count = len(part.stored) // 2 if is_fp4 else len(part.stored)
         rows = experts.view(count, -1, part.shape[-1])
         for i, stored in enumerate(logging.tqdm(part.stored[:count], desc=name, leave=False, delay=2)):
-            values = self._read(stored)
             if is_fp4:
-                rows[i] = dequantize_fp4(values, self._read(part.stored[count + i]), torch.bfloat16)
+                rows[i] = dequantize_fp4(self._read(stored), self._scale(part.stored[count + i]), torch.bfloat16)
             else:
-                rows[i] = values.view(torch.uint8)
+                rows[i] = self._scale(stored) if part.kind == "scales" else self._read(stored).view(torch.uint8)
         return experts
+
+    def _scale(self, stored: str) -> torch.Tensor:
+        scale = self._read(stored).view(torch.uint8)
+        if (scale == 255).any():
+            raise ValueError(f"`{stored}` holds scales that are no numbers (NaN): the file is damaged. Get it again.")
+        return scale
 
     def _read(self, stored: str) -> torch.Tensor:
         return _read(self.files[stored], stored)
@@ -148,6 +153,5 @@ def free_memory(device: torch.device | None) -> float:
 
 
 def _read(file: str, stored_name: str) -> torch.Tensor:
-    # A copy, and the file closed: a view would keep all pages of the file that were touched in memory.
-    with safe_open(file, framework="pt") as handle:
-        return handle.get_tensor(stored_name).clone()
+    with safe_open(file, framework="pt") as handle:  # one at a time: an open file keeps all pages it touched in memory
+        return handle.get_tensor(stored_name)

@@ -27,6 +27,7 @@ def export_config(config: Any, layout: str, *, target_name: str | None, target_a
 
     Raises ValueError where the layout has no word for what the draft does.
     """
+    _refuse(layout, {"layers of DeepSeek-V4": config.backbone_type == "deepseek_v4"})
     writer = {"deepspec": _deepspec, "speculators": _speculators, "specforge": _specforge}[layout]
     return writer(config, target_name, target_architectures)
 
