@@ -52,15 +52,14 @@ def take_over_answers(first_stage: Path, folder: Path) -> None:
 
 
 def config(folder: Path, warm_start: str | None) -> TrainConfig:
-    first = {"learning_rate": 5e-3, "draft_vocab_size": 12288, "layers": 2}
-    second = {"learning_rate": 3e-3, "warm_start": warm_start, "answers_per_prompt": 2}
+    first = {"steps": 1000, "learning_rate": 5e-3, "draft_vocab_size": 12288, "layers": 2}
+    second = {"steps": 500, "learning_rate": 3e-3, "warm_start": warm_start, "answers_per_prompt": 2}
     temperature = 0.6 if warm_start is None else 0.3
     return TrainConfig(
         target=str(demo_target_folder()),
         prompts=[str(file) for file in sorted((folder / "train").glob("*.jsonl"))],
         exclude=[str(file) for file in sorted((folder / "held_out").glob("*.jsonl"))],
         output=str(folder / "draft"),
-        steps=1000,
         batch_size=16,
         eval_every=100,
         save_every=100,

@@ -34,7 +34,7 @@ PROMPTS = (
 # Accepted lengths below it are hardly worth a draft (a plain decoding step is 1).
 POOR_TAU = 1.8
 # A variant names a fault where it adds so much to the accepted drafted tokens, and is better on so many of the texts.
-_CLEARLY_BETTER, _MOST = 1.03, 0.6
+_CLEARLY_BETTER, _MOST, _HARDLY = 1.03, 0.6, 0.5
 _NUM_ANCHORS = 64
 
 
@@ -112,8 +112,10 @@ def examine(
         # after it, it is worth more with that encoding before them than with another.
         theirs = _samples(target, other, prompts, max_new_tokens)
         ours = [_behind(encode(prompts[sample.index]), sample) for sample in theirs]
-        taus = (_taus(draft, target, samples) for samples in (theirs, ours))
-        variants.append(_variant(name, f"encode prompts {name}", *taus))
+        taus = [_taus(draft, target, samples) for samples in (theirs, ours)]
+        # Where the draft is hardly worth anything after that encoding, it is not the one it was trained with.
+        if _mean(taus[0]) - 1 > _HARDLY * (_mean(base) - 1):
+            variants.append(_variant(name, f"encode prompts {name}", *taus))
     variants.sort(key=lambda variant: variant.tau_as_is - variant.tau)
     return Diagnosis(_facts(draft, target), tuple(comparisons), _mean(base), tuple(variants))
 

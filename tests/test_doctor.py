@@ -1,6 +1,7 @@
 """`hf-dspark check` on a trained pair: healthy as it is, and each planted fault is found by its name."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ STORIES = (
     "In the forest, a bear",
     "Mia wanted to bake a cake.",
 )
+TINY_PAIR = Path(__file__).parent / "tiny_pair"
 FOLDER = SHARED / "tiny_dspark_1L_r64"
 TAPS = [1, 4, 7, 10, 13]
 
@@ -122,3 +124,23 @@ def test_ways_to_encode_a_prompt_follow_the_template():
     on = ways["with thinking on (enable_thinking=True)"]("a")["input_ids"]
     off = ways["with thinking off (enable_thinking=False)"]("a")["input_ids"]
     assert on.shape[1] == off.shape[1] + 1
+
+
+TEMPLATES = {
+    "headings": "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant: {% endif %}",
+    "tags": "{% for m in messages %}<<{{ m['role'] }}>> {{ m['content'] }} <</{{ m['role'] }}>> {% endfor %}"
+    "{% if add_generation_prompt %}<<ASSISTANT 0123456789>> {{ messages[0]['content'] }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_template_that_the_draft_was_not_trained_with_is_named(name):
+    target = AutoModelForCausalLM.from_pretrained(TINY_PAIR / "target", dtype=torch.float32)
+    draft = DSparkDraftModel.from_pretrained(TINY_PAIR / "draft", target=target, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_PAIR / "target")
+    tokenizer.chat_template = TEMPLATES[name]
+    fault = examine(draft, target, tokenizer, STORIES, max_new_tokens=48).fault
+    assert fault.name == "without a chat template"
+    assert "encode prompts without a chat template" in fault.remedy
+    assert examine(draft, target, tokenizer, STORIES, max_new_tokens=48, as_chat=False).fault is None
