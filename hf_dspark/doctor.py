@@ -222,10 +222,10 @@ def _changes(draft: DSparkDraftModel, target: PreTrainedModel) -> Iterator[tuple
         taps = [i + shift for i in config.target_layer_ids]
         if min(taps) >= -1 and max(taps) < num_target_layers(target):
             yield f"taps {taps}", f"set `target_layer_ids` to {taps}", _config_change(draft, target_layer_ids=taps)
-    other = 1 - config.first_slot
-    yield f"first slot {other}", f"set `first_slot` to {other}", _config_change(draft, first_slot=other)
-    causal = not config.causal
-    yield f"causal {causal}", f"set `causal` to {causal}", _config_change(draft, causal=causal)
+    if config.backbone_type != "deepseek_v4":  # whose blocks have one form only
+        other, causal = 1 - config.first_slot, not config.causal
+        yield f"first slot {other}", f"set `first_slot` to {other}", _config_change(draft, first_slot=other)
+        yield f"causal {causal}", f"set `causal` to {causal}", _config_change(draft, causal=causal)
     theirs = _target_rope(target)
     if theirs != {name: config.rope_parameters.get(name) for name in theirs}:
         rope = config.rope_parameters | theirs

@@ -11,6 +11,12 @@ from torch import nn
 from .configuration_dspark import DSparkConfig
 
 
+def is_readable(weight: torch.Tensor) -> bool:
+    """Whether rows of a target's weight can be read from it: not quantised, offloaded or sharded over processes."""
+    is_sharded = hasattr(weight, "to_local")  # a DTensor, of tensor parallelism
+    return weight.is_floating_point() and weight.device.type != "meta" and not is_sharded
+
+
 class SelectedRows(nn.Module):
     """A target's lm_head for some of its tokens: their rows, copied at the first use and when they change."""
 
@@ -28,7 +34,7 @@ class SelectedRows(nn.Module):
         """Logits [..., tokens]."""
         head, ids = self.source, self._token_ids
         weight = head.weight
-        if not weight.is_floating_point() or weight.device.type == "meta":  # quantised or offloaded
+        if not is_readable(weight):
             logits = head(hidden_states)
             return logits[..., ids.to(logits.device)]
         version = (weight.data_ptr(), weight._version, weight.device, weight.dtype)

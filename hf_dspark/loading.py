@@ -8,6 +8,7 @@ from .checkpoint import Checkpoint, DeepseekV4Checkpoint, free_memory
 from .configuration_dspark import DSparkConfig
 from .dialects import UNUSED
 from .features import num_target_layers
+from .heads import is_readable
 
 logger = logging.get_logger(__name__)
 
@@ -36,8 +37,9 @@ def equals_targets(checkpoint: Checkpoint, name: str, target: PreTrainedModel | 
         return False
     module = target.get_input_embeddings() if name == "embed_tokens" else target.get_output_embeddings()
     weight = module.weight
-    if weight.device.type == "meta" or not weight.is_floating_point():
-        logger.warning_once(f"The target's `{name}` cannot be read (offloaded or quantised); the draft keeps its own.")
+    if not is_readable(weight):
+        reason = "offloaded, quantised or sharded"
+        logger.warning_once(f"The target's `{name}` cannot be read ({reason}); the draft keeps its own.")
         return False
     ours, theirs = checkpoint.tensor(f"{name}.weight"), weight.detach()
     if name == "lm_head" and "d2t" in checkpoint.entries:

@@ -23,7 +23,7 @@ from .configuration_dspark import DSparkConfig
 from .dialects import UNUSED
 from .door import UnpatchedDoor, install
 from .generate import SpeculativeDecoding
-from .heads import SelectedRows, build_heads
+from .heads import SelectedRows, build_heads, is_readable
 from .hub import HUB_ARGUMENTS, PUSH_ARGUMENTS, find_checkpoint, upload, write_custom_generate
 from .loading import (
     check_draft_tokens,
@@ -195,7 +195,7 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         embedding = self.embed_tokens if self.embed_tokens is not None else self._borrowed.get("embed_tokens")
         weight = embedding.weight
-        if weight.is_floating_point() and weight.device.type != "meta":
+        if is_readable(weight):
             # The table itself: what some targets' embedding modules do to it, a draft may not have been trained with.
             embedded = nn.functional.embedding(token_ids.to(weight.device), weight)
             if self.config.embed_scale is not None:
