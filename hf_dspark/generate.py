@@ -18,11 +18,11 @@ from .accept import choose_tokens
 from .candidate_generator import DSparkCandidateGenerator, context_of, in_transformers_loop
 from .compat import CACHE
 from .features import FeatureTap
-from .rollback import cut_to_length, drop_last, recording_past, why_not_reversible
+from .rollback import MAX_PENDING, Rewinder, recording_past, why_not_reversible
 from .sampling import SamplingRule
 from .schedule import ConfidenceThreshold, FixedLength, schedule_from
 from .state import Decision, DecodeState, DraftBlock, DraftContext, GenerationStats, RoundRecord, Verification
-from .verify import extras_of_tokens, read_verification, verify_block
+from .verify import extras_of_tokens, read_pending, read_verification, verify_block
 
 logger = logging.get_logger(__name__)
 
@@ -115,12 +115,15 @@ class _Call:
                 )
             self._check_cache(cache)
             with recording_past(cache):
+                rewinder = Rewinder(cache)
                 try:
                     self._first_token(state, candidates, outputs, streamer)
                     while not state.finished:
-                        self._round(state, candidates, cache, streamer)
+                        self._round(state, candidates, rewinder, streamer)
+                    if returns_cache:
+                        self._read_pending(state, candidates, rewinder)
                 finally:  # also after a streamer or a criterion raised
-                    cut_to_length(cache, state.cache_length)
+                    rewinder.cut_to_length(state.cache_length - state.num_pending)
         if streamer is not None:
             streamer.end()
         return self._finish(state, cache if returns_cache else None)
@@ -136,23 +139,36 @@ class _Call:
         self._commit(state, verification, decision, is_prefill=True)
         _stream(streamer, decision)
 
-    def _round(self, state: DecodeState, candidates: DSparkCandidateGenerator, cache: Cache, streamer) -> None:
+    def _round(self, state: DecodeState, candidates: DSparkCandidateGenerator, rewinder: Rewinder, streamer) -> None:
         with self.watch.part("draft"):
             block = candidates.propose(state.input_ids)
             verify_length = 0 if block is None else candidates.verify_length(block)
         draft_ids = state.input_ids[:, :0] if block is None else block.token_ids[:, :verify_length]
         draft_ids = draft_ids.to(state.input_ids.device)
+        if state.num_pending > MAX_PENDING:
+            self._read_pending(state, candidates, rewinder)
+        num_pending = state.num_pending
         with self.watch.part("verify"):
+            rewinder.before_forward()
             verification = verify_block(self.target, state, draft_ids, candidates.tap)
         decision = self._decide(state, verification, draft_ids, block)
         # The target read the anchor and the drafted tokens; the last token emitted is the next anchor, not read yet.
         num_read = decision.emitted_ids.shape[1]
-        drop_last(cache, verify_length + 1 - num_read)
+        state.num_pending = rewinder.keep(num_pending + num_read, num_pending + verify_length + 1)
         state.cache_length += num_read
-        candidates.observe(candidates.tap.take(verification.outputs)[:, :num_read])
+        # Pending tokens come first in the forward; the draft has their features.
+        candidates.observe(candidates.tap.take(verification.outputs)[:, num_pending:][:, :num_read])
         self._commit(state, verification, decision)
         state.rounds.append(RoundRecord.of(block, verify_length, decision.num_accepted, decision.emitted_ids))
         _stream(streamer, decision)
+
+    def _read_pending(self, state: DecodeState, candidates: DSparkCandidateGenerator, rewinder: Rewinder) -> None:
+        """Have the target read again what a rollback took out of its cache along with rejected tokens."""
+        if state.num_pending:
+            with self.watch.part("verify"):
+                outputs = read_pending(self.target, state, candidates.tap)
+            candidates.tap.take(outputs)  # the draft has them
+            state.num_pending = rewinder.keep(state.num_pending, state.num_pending)
 
     def _decide(
         self, state: DecodeState, verification: Verification, draft_ids: torch.Tensor, block: DraftBlock | None
@@ -184,9 +200,9 @@ class _Call:
     ) -> None:
         """Make the emitted tokens part of the sequence."""
         count = decision.emitted_ids.shape[1]
-        extras = extras_of_tokens(
-            self.extras, self.target, verification, decision.scores, count, is_prefill=is_prefill
-        )
+        # The verification's first row is the anchor's, as many positions back as tokens were emitted.
+        where = {"first_position": state.cache_length - count, "is_prefill": is_prefill}
+        extras = extras_of_tokens(self.extras, self.target, verification, decision.scores, count, **where)
         for name, entries in extras.items():
             state.extras[name] += entries
         state.input_ids = torch.cat([state.input_ids, decision.emitted_ids], dim=1)

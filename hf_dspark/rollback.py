@@ -3,14 +3,37 @@
 import functools
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
+from transformers.cache_utils import (
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    QuantizedLayer,
+    StaticLayer,
+)
 
-# Architectures that transformers calls stateful (it refuses them in its own assisted decoding) and whose whole state
-# lies in cache layers that this file can bring back: the flag does not say where the state is.
-UNDOABLE = {"deepseek_v4"}
+# Architectures that transformers calls stateful (and refuses in its own assisted decoding) whose whole state lies in
+# cache layers that can be brought back here, and whose forward over several tokens is that over each of them in turn.
+# Neither can be seen from outside: Jamba, Zamba, Mamba and RecurrentGemma start such a forward from an empty state;
+# NemotronH and Zamba2 bound time steps from below in it, and not in a forward over one token.
+UNDOABLE = {
+    "bailing_hybrid",
+    "bamba",
+    "deepseek_v4",
+    "falcon_h1",
+    "granitemoehybrid",
+    "kimi_linear",
+    "lara_mini",
+    "olmo_hybrid",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+    "zaya",
+}
+# Accepted tokens that are read again in front of a block; when there are more, they are read once by themselves.
+MAX_PENDING = 16
 
 
 def drop_last(cache: Cache, num_positions: int) -> None:
@@ -24,14 +47,20 @@ def why_not_reversible(target, cache: Cache | None, *, before_prefill: bool) -> 
     A `cache` of None is one that is still to be made.
     """
     layers = cache.layers if cache is not None else []
-    model_type = target.config.get_text_config(decoder=True).model_type
-    if getattr(target, "_is_stateful", False) and model_type not in UNDOABLE:
-        return f"{type(target).__name__} keeps a recurrent or compressed state"
+    config = target.config.get_text_config(decoder=True)
+    is_undoable = config.model_type in UNDOABLE
+    if getattr(target, "_is_stateful", False):
+        if not is_undoable:
+            return f"{type(target).__name__} keeps a state that cannot be brought back exactly"
+        if tuple(getattr(config, "time_step_limit", None) or (0, inf)) != (0, inf):
+            return "`time_step_limit` in its config bounds forwards over several tokens, and not those over one"
     for layer in layers:
+        name = type(layer).__name__
         if isinstance(layer, (StaticLayer, QuantizedLayer)):
-            return f"{type(layer).__name__} is not supported yet (use the default dynamic cache)"
-        if not before_prefill and not getattr(layer, "is_croppable", True):
-            return f"{type(layer).__name__} cannot forget positions"
+            return f"{name} is not supported yet (use the default dynamic cache)"
+        is_restored = is_undoable and _is_recurrent(layer) and not isinstance(layer, DynamicSlidingWindowLayer)
+        if not before_prefill and not is_restored and not getattr(layer, "is_croppable", True):
+            return f"{name} cannot forget positions"
     return None
 
 
@@ -41,6 +70,8 @@ def recording_past(cache: Cache):
     before = [(layer, layer.record_past) for layer in cache.layers if hasattr(layer, "record_past")]
     compressed = [(layer, type(layer)) for layer in cache.layers if _is_compressed(layer)]
     cache.activate_past_recording()
+    for layer in filter(_is_recurrent, cache.layers):
+        layer.record_past = False  # restored from copies, so they need no record and may go their usual way
     for layer, layer_class in compressed:
         layer.__class__ = _recording_class(layer_class)
         layer.journals = {}
@@ -54,11 +85,78 @@ def recording_past(cache: Cache):
             del layer.journals
 
 
-def cut_to_length(cache: Cache, length: int) -> None:
-    """Bring every layer to at most `length` positions, also where an exception left a forward half done."""
-    for layer in cache.layers:
-        if getattr(layer, "is_initialized", False) and hasattr(layer, "get_seq_length"):
-            layer.crop(-max(layer.get_seq_length() - length, 0))
+class Rewinder:
+    """Takes tokens out of a target's cache again, while `recording_past` is open.
+
+    Layers that can forget positions are cropped. A recurrent state cannot: it goes back to a copy from before the
+    forward, and all layers with it; the tokens that should have been kept are left pending, to be read again in front
+    of the next block, so that a rejection costs no forward of its own.
+    """
+
+    def __init__(self, cache: Cache):
+        self._layers = cache.layers
+        self._linear = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        self._is_recurrent = any(map(_is_recurrent, self._linear))
+        self._copies: list[dict[tuple[str, int], torch.Tensor]] | None = None  # of their states; None: outdated
+
+    def before_forward(self) -> None:
+        """Call before a forward that may have to be taken back."""
+        if self._copies is None:
+            self._copies = [_copy_states(layer) for layer in self._linear]
+
+    def keep(self, num_kept: int, num_read: int) -> int:
+        """Keep the first `num_kept` of the `num_read` tokens of the last forward; how many must be read again."""
+        if self._is_recurrent and num_kept < num_read:
+            self._restore()
+            for layer in self._layers:
+                _crop_keys(layer, num_read)
+            return num_kept
+        for layer in self._layers:
+            if not _is_recurrent(layer):
+                layer.crop(num_kept - num_read)
+        self._copies = None
+        return 0
+
+    def cut_to_length(self, length: int) -> None:
+        """Back to `length`, what the last `keep` left, also where an exception left a forward half done."""
+        self._restore()
+        for layer in self._layers:
+            if getattr(layer, "is_initialized", False) and hasattr(layer, "get_seq_length"):
+                _crop_keys(layer, max(layer.get_seq_length() - length, 0))
+
+    def _restore(self) -> None:
+        if self._copies is None:
+            return
+        for layer, copies in zip(self._linear, self._copies, strict=True):
+            for (name, index), copy in copies.items():
+                states = getattr(layer, name)
+                if states[index].shape == copy.shape:
+                    states[index].copy_(copy)
+                else:  # a convolution's state that recorded the past
+                    states[index] = copy.clone()
+
+
+def _is_recurrent(layer) -> bool:
+    """Whether a layer keeps a state that each token overwrites; it may have keys and values beside it."""
+    return any(getattr(layer, "is_recurrent_states_initialized", {}).values())
+
+
+def _copy_states(layer) -> dict[tuple[str, int], torch.Tensor]:
+    """Copies of a linear layer's states: updates write in place."""
+    return {
+        (name, index): state.clone()
+        for name in ("conv_states", "recurrent_states")
+        for index, state in getattr(layer, name).items()
+        if state is not None
+    }
+
+
+def _crop_keys(layer, num_positions: int) -> None:
+    """Remove the last positions of a layer's keys and values; states beside them are left alone."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        layer.crop(-num_positions)
+    elif hasattr(layer, "keys"):
+        super(LinearAttentionCacheLayerMixin, layer).crop(-num_positions)
 
 
 def _is_compressed(layer) -> bool:

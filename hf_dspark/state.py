@@ -220,7 +220,8 @@ class DecodeState:
 
     input_ids: torch.Tensor  # [B, n]  committed tokens; the last is the anchor, which the target has not read
     model_kwargs: dict[str, Any]
-    cache_length: int  # positions in the target's cache: all committed tokens but the anchor
+    cache_length: int  # positions the target has read: all committed tokens but the anchor
+    num_pending: int = 0  # the last of them that a rollback took out of its cache: it has to read them again
     finished: bool = False
     rounds: list[RoundRecord] = field(default_factory=list)
     # What the user asked for besides tokens, one entry a token: scores, logits, hidden_states, attentions.

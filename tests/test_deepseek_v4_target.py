@@ -288,3 +288,16 @@ def test_transformers_own_loop_refuses_the_target_by_name():
     decode = make_tiny_draft(target, taps=(0, 2)).as_custom_generate(loop="transformers")
     with pytest.raises(ValueError, match="state"):
         target.generate(prompt, custom_generate=decode, max_new_tokens=4, do_sample=False)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("mix", ["csa and hca", "mixed"])
+def test_scores_states_and_attentions_are_plains(mix):
+    target, prompt, _ = _reference(mix)
+    names = ("scores", "logits", "hidden_states", "attentions")
+    kwargs = {f"output_{name}": True for name in names} | {"return_dict_in_generate": True}
+    expected = plain(target, prompt, max_new_tokens=40, **kwargs)
+    output = speculate(target, _draft_for(target, expected.sequences), prompt, max_new_tokens=40, **kwargs)
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    for name in names:
+        torch.testing.assert_close(getattr(output, name), getattr(expected, name), atol=1e-3, rtol=1e-3)
