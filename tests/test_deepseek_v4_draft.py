@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_dspark import DSparkDraftModel
 from hf_dspark import backbone_deepseek_v4 as backbone
+from hf_dspark.compat import CACHE, get_cache
 from hf_dspark.dequantize import E2M1, dequantize_fp4, dequantize_fp8
 from hf_dspark.dialects_deepseek_v4 import stored_tensors
 from hf_dspark.draft import draft_block
@@ -121,6 +122,20 @@ def test_generate_with_the_draft_is_the_targets_text_and_accepts_as_the_referenc
     accepted = expected["rollout.n_accepted"].tolist()
     assert [r.num_accepted for r in output.rounds][: len(accepted)] == accepted
     assert [r.drafted for r in output.rounds][: len(accepted)] == expected["rollout.draft_tokens"].tolist()
+
+
+@needs_fixture
+def test_second_turn_on_the_kept_cache_is_plain_text(target, expected):
+    draft, settings = load(target), {"do_sample": False, "max_new_tokens": 30}
+    first = {"return_dict_in_generate": True, **settings}
+    turn = torch.tensor([[17, 40, 23, 9, 31]])
+    texts = []
+    for assistant in ({}, {"assistant_model": draft}):
+        output = target.generate(expected["prompt_ids"][None], **first, **assistant)
+        prompt = torch.cat([output.sequences, turn], dim=1)
+        texts.append(target.generate(prompt, **{CACHE: get_cache(output)}, **settings, **assistant).tolist())
+    assert texts[0] == texts[1]
+    assert draft.last_stats.tau > 1.2
 
 
 def _post_norm_confidence(draft, monkeypatch):

@@ -6,6 +6,7 @@ from tiny import make_tiny_draft, make_tiny_target, plain, random_prompt, specul
 
 from hf_dspark import DSparkConfig
 from hf_dspark.attention import draft_masks
+from hf_dspark.compat import CACHE, get_cache
 from hf_dspark.draft import draft_block
 from hf_dspark.train.anchors import build_blocks, sample_anchors
 from hf_dspark.train.answers import Sample
@@ -154,3 +155,30 @@ def test_flags_that_cannot_be_are_refused(fields, message):
     }
     with pytest.raises(ValueError, match=message):
         DSparkConfig(**common, **fields)
+
+
+def test_draft_with_a_window_keeps_no_more_of_the_context_and_drafts_the_same(target):
+    draft = _draft(target, {"sliding_window": 6})
+    features = torch.randn(1, 40, 32 * len(draft.config.target_layer_ids), generator=torch.Generator().manual_seed(2))
+    grown, read = draft.new_cache(), 0
+    for length in (3, 4, 9, 25, 26, 40):
+        positions = torch.arange(read, length + draft.config.num_block_inputs).unsqueeze(0)
+        anchor = torch.tensor([length % 7])
+        block = draft_block(draft, features[:, read:length], anchor, grown, position_ids=positions)
+        fresh = draft_block(draft, features[:, :length], anchor, draft.new_cache())
+        torch.testing.assert_close(block.draft_logits, fresh.draft_logits, atol=1e-5, rtol=0)
+        assert grown.layers[0].keys.shape[2] == min(length, 6)
+        read = length
+
+
+def test_a_turn_that_goes_back_in_the_cache_is_lossless_with_a_window(target):
+    draft, prompt = _draft(target, {"sliding_window": 6}), random_prompt(64, 9, seed=3)
+    settings = {"max_new_tokens": 24, "do_sample": False}
+    texts = []
+    for assistant in ({}, {"assistant_model": draft}):
+        output = target.generate(prompt, return_dict_in_generate=True, **settings, **assistant)
+        cache = get_cache(output)
+        cache.crop(-10)
+        regenerated = target.generate(output.sequences[:, :-9], **{CACHE: cache}, **settings, **assistant)
+        texts.append(regenerated.tolist())
+    assert texts[0] == texts[1]
