@@ -41,3 +41,13 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     """Recompute the layers' activations in the backward pass (5.24 has another name for it)."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
+
+
+def tensor_parallel_group(model: PreTrainedModel) -> Any:
+    """The processes that hold parts of `model`'s weights and read the same tokens; None where one holds all."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None:
+        return None
+    if "tp" in (mesh.mesh_dim_names or ()):
+        mesh = mesh["tp"]
+    return mesh.get_group() if mesh.size() > 1 else None

@@ -15,6 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
 from .accept import choose_tokens
+from .agreement import Agreement
 from .candidate_generator import DSparkCandidateGenerator, context_of, in_transformers_loop
 from .compat import CACHE
 from .features import FeatureTap
@@ -96,6 +97,7 @@ class _Call:
         # Length and EOS are decided on the device; any other criterion is asked for every prefix.
         self.has_other_criteria = len(lengths) + len(eos) < len(criteria)
         self.watch = _Stopwatch(target.device)
+        self.agreement = Agreement(target)
 
     def run(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
         """Our loop."""
@@ -143,6 +145,7 @@ class _Call:
         with self.watch.part("draft"):
             block = candidates.propose(state.input_ids)
             verify_length = 0 if block is None else candidates.verify_length(block)
+            block, verify_length = self.agreement.on_block(block, verify_length)
         draft_ids = state.input_ids[:, :0] if block is None else block.token_ids[:, :verify_length]
         draft_ids = draft_ids.to(state.input_ids.device)
         if state.num_pending > MAX_PENDING:
@@ -193,7 +196,8 @@ class _Call:
         if verdicts is not None:
             kept, stopped = verdicts.first_stop(tokens[:, :kept], choice.scores)
             finished = finished or stopped
-        return Decision(tokens[:, :kept], accepted, finished, choice.scores)
+        decision = Decision(tokens[:, :kept], accepted, finished, choice.scores)
+        return self.agreement.on_decision(decision, width=tokens.shape[1])
 
     def _commit(
         self, state: DecodeState, verification: Verification, decision: Decision, *, is_prefill: bool = False

@@ -21,7 +21,7 @@ ROWS = [
     ["door", "generate", "backbone_qwen3", "backbone_gemma4", "backbone_deepseek_v4", "hub", "loading"],
     ["candidate_generator"],
     ["draft"],
-    ["features", "schedule", "verify", "accept", "rollback", "slots", "heads", "checkpoint"],
+    ["features", "schedule", "verify", "accept", "rollback", "slots", "heads", "checkpoint", "agreement"],
     ["configuration_dspark", "sampling", "attention", "dialects_export"],
     ["dialects", "dialects_deepseek_v4", "dequantize", "state", "compat"],
 ]
@@ -34,7 +34,7 @@ MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub"}
 
 # They read tensors after a call, never during a round; the others say at the place why they read.
 OUTSIDE_THE_ROUND = {"state", "comparison", "cli", "calibrate", "doctor"}
-READERS = {"generate", "candidate_generator", "accept", "sampling", "backbone_deepseek_v4"}
+READERS = {"generate", "agreement", "candidate_generator", "accept", "sampling", "backbone_deepseek_v4"}
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
@@ -94,10 +94,7 @@ def test_shipped_files_import_in_the_form_that_transformers_copies(name):
         (r"outputs\.hidden_states|output_hidden_states\"", {"features", "verify"}),
         (r"transformers\.models\.", {"backbone_qwen3", "backbone_gemma4", "backbone_deepseek_v4"}),
         (r"\bprint\(", {"cli", "cli_calibrate", "cli_check", "cli_convert", "cli_eval", "cli_train"}),
-        (
-            r"\.tolist\(\)|\.item\(\)",
-            {"generate", "candidate_generator", "accept", "sampling", "backbone_deepseek_v4"} | OUTSIDE_THE_ROUND,
-        ),
+        (r"\.tolist\(\)|\.item\(\)", READERS | OUTSIDE_THE_ROUND),
         (r"Qwen3DSparkModel", {"dialects", "dialects_export"}),
     ],
 )
