@@ -190,3 +190,5 @@ class DeepseekV4Backbone:
     RMSNorm = DeepseekV4RMSNorm
     RotaryEmbedding = RotaryEmbedding
     HyperHead = HyperHead
+    # Parts that stay in fp32 whatever the draft is loaded in; the layer norms' weights with them, as in the target.
+    in_fp32 = ("attn_hc", "ffn_hc", "hc_head", "sinks", "e_score_correction_bias", "q_a_norm", "kv_norm", "layernorm")

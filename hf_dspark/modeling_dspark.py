@@ -87,6 +87,7 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         self.rotary_emb = backbone.RotaryEmbedding(config)
         # DeepSeek-V4's layers work on several residual streams, which this collapses behind the last one.
         self.hc_head = backbone.HyperHead(config) if hasattr(backbone, "HyperHead") else None
+        self._keep_in_fp32_modules_strict = set(getattr(backbone, "in_fp32", ()))
         self.markov_head, self.confidence_head = build_heads(config)
         if config.draft_vocab_size is not None:  # draft token i is token i + d2t[i] of the target
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))

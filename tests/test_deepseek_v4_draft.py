@@ -366,6 +366,7 @@ def test_loaded_tensors_are_the_stored_ones_bit_for_bit(tmp_path):
     write_repository(tmp_path, config, tensors)
     draft = DSparkDraftModel.from_pretrained(tmp_path, experts="dequantized")
     assert draft.dtype == torch.bfloat16
+    assert not hasattr(draft.config, "quantization_config")  # no quantiser of the target's sees it
     state = draft.state_dict()
     for stage in range(NUM_STAGES):
         for linear, ours in (("wq_b", "q_b_proj"), ("wo_a", "o_a_proj")):
