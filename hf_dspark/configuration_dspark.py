@@ -3,22 +3,11 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .dialects_deepseek_v4 import BACKBONE_KEYS
+
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 BACKBONE_TYPES = ("qwen3", "gemma4", "deepseek_v4")
-DEEPSEEK_V4_FIELDS = (
-    "experts",
-    "q_lora_rank",
-    "o_groups",
-    "o_lora_rank",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "scoring_func",
-    "routed_scaling_factor",
-    "swiglu_limit",
-    "hc_mult",
-    "hc_sinkhorn_iters",
-    "hc_eps",
-)
+DEEPSEEK_V4_FIELDS = ("experts", "n_routed_experts", "num_experts_per_tok", *BACKBONE_KEYS)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 

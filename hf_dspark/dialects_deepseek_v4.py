@@ -69,7 +69,7 @@ _CONFIG_KEYS = {
     "c": "hc_mult",
     "r": "dspark_markov_rank",
 }
-_BACKBONE_KEYS = (
+BACKBONE_KEYS = (
     "q_lora_rank",
     "o_groups",
     "o_lora_rank",
@@ -150,7 +150,7 @@ def read_deepseek_v4(config: dict[str, Any], num_stages: int, *, is_packed: bool
         "confidence_head_bias": False,
         "confidence_temperatures": config.get("confidence_temperatures"),
         "dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
-        "backbone_config": {name: config[name] for name in _BACKBONE_KEYS}
+        "backbone_config": {name: config[name] for name in BACKBONE_KEYS}
         | {
             "n_routed_experts": _num_experts(config),
             "num_experts_per_tok": config.get("dspark_num_experts_per_tok") or config["num_experts_per_tok"],
@@ -279,7 +279,7 @@ def _num_experts(config: dict[str, Any]) -> int:
 
 def _sizes(config: dict[str, Any]) -> dict[str, int]:
     """Values of the symbols in the tables. Raises ValueError where a field is missing or is not V4's."""
-    needed = [*_CONFIG_KEYS.values(), *_BACKBONE_KEYS, "num_hidden_layers", "qk_rope_head_dim", "sliding_window"]
+    needed = [*_CONFIG_KEYS.values(), *BACKBONE_KEYS, "num_hidden_layers", "qk_rope_head_dim", "sliding_window"]
     needed += ["n_routed_experts", "num_experts_per_tok", "rope_theta", "rms_norm_eps", "hidden_act"]
     needed += ["max_position_embeddings", "dspark_block_size", "dspark_target_layer_ids", "dspark_noise_token_id"]
     missing = [name for name in needed if config.get(name) is None]

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from interrupts import Interrupt, RaisingCriterion, RaisingDraft, RaisingStreamer
 from tiny import (
     KINDS,
     WINDOW,
@@ -16,7 +17,7 @@ from tiny import (
     random_prompt,
     speculate,
 )
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache
 
 from hf_dspark.compat import CACHE
 
@@ -109,55 +110,12 @@ def test_padded_prompt_leaves_the_cache_plain_generate_leaves(sliding_target):
         torch.testing.assert_close(got.keys, wanted.keys, atol=1e-5, rtol=1e-5)
 
 
-class _Interrupt(Exception):
-    pass
-
-
-class _RaisingStreamer:
-    """Raises at its `count`-th token."""
-
-    def __init__(self, count):
-        self.left = count + 1  # the prompt comes first
-
-    def put(self, value):
-        self.left -= 1
-        if self.left < 0:
-            raise _Interrupt
-
-    def end(self):
-        pass
-
-
-class _RaisingCriterion(StoppingCriteria):
-    """Raises for the first prefix of `length` tokens."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def __call__(self, input_ids, scores, **kwargs):
-        if input_ids.shape[1] == self.length:
-            raise _Interrupt
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
-
-
-class _RaisingDraft(ScriptedDraft):
-    """Raises in its `calls_left`-th block, between its layers' cache updates and its logits."""
-
-    calls_left = 3
-
-    def compute_logits(self, hidden_states):
-        self.calls_left -= 1
-        if self.calls_left == 0:
-            raise _Interrupt
-        return super().compute_logits(hidden_states)
-
-
 def _raise_in_streamer(target, sequence):
-    return {"streamer": _RaisingStreamer(10)}
+    return {"streamer": RaisingStreamer(10)}
 
 
 def _raise_in_criterion(target, sequence):
-    return {"stopping_criteria": [_RaisingCriterion(PROMPT_LENGTH + 20)]}
+    return {"stopping_criteria": [RaisingCriterion(PROMPT_LENGTH + 20)]}
 
 
 def _raise_in_draft(target, sequence):
@@ -172,7 +130,7 @@ def _raise_in_target(target, sequence):
         calls.append(1)
         if len(calls) == 4:
             handle.remove()
-            raise _Interrupt
+            raise Interrupt
 
     handle = target.get_decoder().layers[2].register_forward_pre_hook(hook)
     return {}
@@ -184,11 +142,11 @@ def _raise_in_target(target, sequence):
 def test_cache_is_exact_after_an_exception_in_the_middle(kind, place):
     """The cache holds a beginning of the sequence, as a prefill of it would; the call can be taken up from there."""
     target, prompt = make_tiny_target(kind, seed=1), random_prompt(64, PROMPT_LENGTH, seed=1)
-    draft_class = _RaisingDraft if place is _raise_in_draft else ScriptedDraft
+    draft_class = RaisingDraft if place is _raise_in_draft else ScriptedDraft
     sequence = plain(target, prompt, max_new_tokens=NEW_TOKENS)
     draft = make_tiny_draft(target, draft_class=draft_class).follow(sequence[0].tolist(), error_rate=0.3)
     cache = _fresh(target)
-    with pytest.raises(_Interrupt):
+    with pytest.raises(Interrupt):
         speculate(target, draft, prompt, max_new_tokens=NEW_TOKENS, **{CACHE: cache}, **place(target, sequence))
     length = cache.get_seq_length()
     assert PROMPT_LENGTH < length < sequence.shape[1] - 1

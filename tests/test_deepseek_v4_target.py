@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from interrupts import Interrupt, RaisingCriterion, RaisingStreamer, converse
 from test_sampling_law import FALSE_ALARM, _draw_many, _enumerate_law, _p_value
 from tiny import (
     QUALITIES,
@@ -18,7 +19,7 @@ from tiny import (
     scripted_rounds,
     speculate,
 )
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from hf_dspark.compat import CACHE
@@ -165,42 +166,11 @@ def test_new_caches_are_made_of_the_same_layers_after_a_call():
 )
 def test_second_turn_on_the_same_cache_equals_plain_then_plain(first, second):
     target, prompt, _ = _reference("mixed")
-    draft, question = make_tiny_draft(target, taps=_taps(target)), random_prompt(64, 5, seed=9)
-    generate = {"plain": plain, "speculative": lambda target, ids, **kwargs: speculate(target, draft, ids, **kwargs)}
-
-    def conversation(*turns):
-        kwargs = {"max_new_tokens": 21, "return_dict_in_generate": True}
-        answer = generate[turns[0]](target, prompt, **kwargs)
-        longer = torch.cat([answer.sequences, question], dim=-1)
-        return generate[turns[1]](target, longer, **kwargs, **{CACHE: getattr(answer, CACHE)})
-
-    expected, got = conversation("plain", "plain"), conversation(first, second)
+    draft = make_tiny_draft(target, taps=_taps(target))
+    turns = (("plain", "plain"), (first, second))
+    expected, got = (converse(target, draft, prompt, turn, max_new_tokens=21) for turn in turns)
     assert got.sequences.tolist() == expected.sequences.tolist()
     _assert_equal_caches(getattr(got, CACHE), getattr(expected, CACHE))
-
-
-class _Interrupt(Exception):
-    pass
-
-
-class _RaisingStreamer:
-    def __init__(self):
-        self.left = 12
-
-    def put(self, value):
-        self.left -= 1
-        if self.left < 0:
-            raise _Interrupt
-
-    def end(self):
-        pass
-
-
-class _RaisingCriterion(StoppingCriteria):
-    def __call__(self, input_ids, scores, **kwargs):
-        if input_ids.shape[1] == PROMPT_LENGTH + 20:
-            raise _Interrupt
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
 def _interrupt_at(target, path, call):
@@ -211,7 +181,7 @@ def _interrupt_at(target, path, call):
         calls.append(1)
         if len(calls) == call:
             handle.remove()
-            raise _Interrupt
+            raise Interrupt
 
     handle = target.get_submodule(path).register_forward_pre_hook(hook)
 
@@ -235,12 +205,12 @@ def test_cache_is_exact_after_an_exception_in_the_middle(place):
     target, prompt, sequence = _reference("mixed")
     draft, cache, kwargs = _draft_for(target, sequence), DynamicCache(config=target.config), {}
     if place == "streamer":
-        kwargs = {"streamer": _RaisingStreamer()}
+        kwargs = {"streamer": RaisingStreamer(11)}
     elif place == "criterion":
-        kwargs = {"stopping_criteria": [_RaisingCriterion()]}
+        kwargs = {"stopping_criteria": [RaisingCriterion(PROMPT_LENGTH + 20)]}
     else:
         _interrupt_at(target, *PLACES[place])
-    with pytest.raises(_Interrupt):
+    with pytest.raises(Interrupt):
         speculate(target, draft, prompt, max_new_tokens=NEW_TOKENS, **{CACHE: cache}, **kwargs)
     length = cache.get_seq_length()
     assert PROMPT_LENGTH < length < sequence.shape[1] - 1

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from interrupts import Interrupt, RaisingCriterion, RaisingDraft, RaisingStreamer, converse
 from test_sampling_law import FALSE_ALARM, _draw_many, _enumerate_law, _p_value
 from tiny import (
     QUALITIES,
@@ -16,7 +17,7 @@ from tiny import (
     scripted_rounds,
     speculate,
 )
-from transformers import CONFIG_MAPPING, DynamicCache, StoppingCriteria
+from transformers import CONFIG_MAPPING, DynamicCache
 
 from hf_dspark import DSparkDraftModel
 from hf_dspark.candidate_generator import DSparkCandidateGenerator
@@ -331,52 +332,11 @@ def test_padded_and_chunked_prompts_and_calls_without_a_cache(kind):
 )
 def test_second_turn_on_the_same_cache_equals_plain_then_plain(kind, first, second):
     target, prompt, _ = _reference(kind)
-    draft, question = make_tiny_draft(target), random_prompt(64, 5, seed=9)
-    generate = {"plain": plain, "speculative": lambda target, ids, **kwargs: speculate(target, draft, ids, **kwargs)}
-
-    def conversation(*turns):
-        kwargs = {"max_new_tokens": 20, "return_dict_in_generate": True}
-        answer = generate[turns[0]](target, prompt, **kwargs)
-        longer = torch.cat([answer.sequences, question], dim=-1)
-        return generate[turns[1]](target, longer, **kwargs, **{CACHE: getattr(answer, CACHE)})
-
-    expected, got = conversation("plain", "plain"), conversation(first, second)
+    draft = make_tiny_draft(target)
+    turns = (("plain", "plain"), (first, second))
+    expected, got = (converse(target, draft, prompt, turn, max_new_tokens=20) for turn in turns)
     assert got.sequences.tolist() == expected.sequences.tolist()
     _assert_equal_caches(getattr(got, CACHE), getattr(expected, CACHE))
-
-
-class _Interrupt(Exception):
-    pass
-
-
-class _RaisingStreamer:
-    def __init__(self):
-        self.left = 12
-
-    def put(self, value):
-        self.left -= 1
-        if self.left < 0:
-            raise _Interrupt
-
-    def end(self):
-        pass
-
-
-class _RaisingCriterion(StoppingCriteria):
-    def __call__(self, input_ids, scores, **kwargs):
-        if input_ids.shape[1] == PROMPT_LENGTH + 20:
-            raise _Interrupt
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
-
-
-class _RaisingDraft(ScriptedDraft):
-    calls_left = 4
-
-    def compute_logits(self, hidden_states):
-        self.calls_left -= 1
-        if self.calls_left == 0:
-            raise _Interrupt
-        return super().compute_logits(hidden_states)
 
 
 def _interrupt_in(module, call):
@@ -387,7 +347,7 @@ def _interrupt_in(module, call):
         calls.append(1)
         if len(calls) == call:
             handle.remove()
-            raise _Interrupt
+            raise Interrupt
 
     handle = module.register_forward_hook(hook)
 
@@ -400,16 +360,16 @@ def test_cache_is_consistent_after_an_exception_in_the_middle(kind, place, error
     """It holds a beginning of the sequence (not all that was streamed, where tokens are pending), and goes on."""
     target, prompt, reference = _reference(kind)
     sequence, kwargs = reference.sequences, {}
-    draft_class = _RaisingDraft if place == "draft" else ScriptedDraft
+    draft_class = RaisingDraft if place == "draft" else ScriptedDraft
     draft = make_tiny_draft(target, draft_class=draft_class).follow(sequence[0].tolist(), error_rate=error_rate)
     cache = DynamicCache(config=target.config)
     if place == "streamer":
-        kwargs = {"streamer": _RaisingStreamer()}
+        kwargs = {"streamer": RaisingStreamer(11)}
     elif place == "criterion":
-        kwargs = {"stopping_criteria": [_RaisingCriterion()]}
+        kwargs = {"stopping_criteria": [RaisingCriterion(PROMPT_LENGTH + 20)]}
     elif place != "draft":
         _interrupt_in(target.get_decoder().layers[{"layer 0": 0, "layer 2": 2, "last layer": -1}[place]], 5)
-    with pytest.raises(_Interrupt):
+    with pytest.raises(Interrupt):
         speculate(target, draft, prompt, max_new_tokens=NEW_TOKENS, **{CACHE: cache}, **kwargs)
     length = cache.get_seq_length()
     assert PROMPT_LENGTH <= length < sequence.shape[1] - 1

@@ -21,10 +21,12 @@ from transformers import AutoModelForCausalLM
 from hf_dspark import DSparkDraftModel
 from hf_dspark.cli import main
 from hf_dspark.train import TrainConfig, train
-from hf_dspark.train.answers import read_answers, write_answers
+from hf_dspark.train.answers import Sample, read_answers, write_answers
 from hf_dspark.train.optimizers import build_optimizers
 from hf_dspark.train.prompts import read_prompts, self_prompts, split_held_out
 from hf_dspark.train.shape import spread_taps
+from hf_dspark.train.states import StateSource
+from hf_dspark.train.target import FrozenTarget
 from hf_dspark.train.trainer import _Run
 
 PROMPTS = [f"the {a} {b} went" for a in ("big", "red", "old") for b in ("dog", "cat", "cow", "fox")]
@@ -130,6 +132,18 @@ def test_feature_cache_changes_no_weight(config):
     assert list((folder / "states").glob("*.safetensors"))
     for name, weight in _weights(folder).items():
         assert torch.equal(weight, online[name]), name
+
+
+def test_states_that_another_run_left_are_computed_anew(pair, tmp_path):
+    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
+    draft = DSparkDraftModel.from_pretrained(pair.draft, target=target)
+    frozen = FrozenTarget(target, draft.config.target_layer_ids)
+    samples = [Sample(0, list(range(5, 5 + length)), [(2, length)]) for length in (9, 14)]
+    source = StateSource(frozen, tmp_path, samples)
+    for sample in (*samples, samples[1]):
+        expected = frozen.read(sample.input_ids)
+        assert torch.equal(source.read(sample).features, expected.features)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_gradient_checkpointing_changes_no_weight(config):

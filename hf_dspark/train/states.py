@@ -36,7 +36,9 @@ class StateSource:
             return self._target.read(sample.input_ids)
         file = self._folder / f"{sample.index}.safetensors"
         if file.exists():
-            return TargetStates(**load_file(file, device=str(self._target.model.device)))
+            states = TargetStates(**load_file(file, device=str(self._target.model.device)))
+            if states.final.shape[0] == len(sample.input_ids):  # else another run left it
+                return states
         states = self._target.read(sample.input_ids)
         unfinished = file.with_suffix(".unfinished")
         save_file({f.name: getattr(states, f.name).contiguous() for f in fields(states)}, unfinished)
