@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .attention import draft_masks
 from .backbone_deepseek_v4 import DeepseekV4Backbone
 from .backbone_gemma4 import Gemma4Backbone
 from .backbone_qwen3 import Qwen3Backbone
+from .checkpoint import DeepseekV4Checkpoint
 from .configuration_dspark import DSparkConfig
 from .dialects import UNUSED
 from .door import UnpatchedDoor, install
@@ -253,10 +254,11 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         loaded = super().from_pretrained(source, *model_args, config=config, **kwargs)
         draft = loaded[0] if isinstance(loaded, tuple) else loaded
         check_values(draft)
-        try:
-            draft.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
-        except OSError:  # most drafts ship none
-            draft.generation_config = GenerationConfig()
+        draft.generation_config = GenerationConfig()
+        if not isinstance(checkpoint, DeepseekV4Checkpoint):  # beside whose draft lies the target's
+            with suppress(OSError):  # most drafts ship none
+                name = pretrained_model_name_or_path
+                draft.generation_config = GenerationConfig.from_pretrained(name, **hub_arguments)
         if target is not None:
             draft.bind_target(target)
         return loaded
