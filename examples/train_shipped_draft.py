@@ -51,9 +51,9 @@ def take_over_answers(first_stage: Path, folder: Path) -> None:
             shutil.copy(file, folder / file.name)
 
 
-def config(folder: Path, warm_start: str | None) -> TrainConfig:
-    first = {"steps": 1000, "learning_rate": 5e-3, "draft_vocab_size": 12288, "layers": 2}
-    second = {"steps": 500, "learning_rate": 3e-3, "warm_start": warm_start, "answers_per_prompt": 2}
+def config(folder: Path, warm_start: str | None, steps: int | None) -> TrainConfig:
+    first = {"steps": steps or 1000, "learning_rate": 5e-3, "draft_vocab_size": 12288, "layers": 2}
+    second = {"steps": steps or 500, "learning_rate": 3e-3, "warm_start": warm_start, "answers_per_prompt": 2}
     temperature = 0.6 if warm_start is None else 0.3
     return TrainConfig(
         target=str(demo_target_folder()),
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--eval-data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--warm-start")
+    parser.add_argument("--steps", type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
     processes = PartialState(cpu=not torch.cuda.is_available())
@@ -85,7 +86,7 @@ def main() -> None:
         if args.warm_start:
             take_over_answers(Path(args.warm_start), args.output / "draft")
     processes.wait_for_everyone()
-    train(config(args.output, args.warm_start))
+    train(config(args.output, args.warm_start, args.steps))
 
 
 if __name__ == "__main__":

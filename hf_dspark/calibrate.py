@@ -1,7 +1,9 @@
 """Sequential temperature scaling of the confidence head (paper, STS): record rounds, fit, measure, write.
 
 The temperatures make the product of confidences, the survival, a probability; the order of confidences at a position
-stays as it is. Whole blocks are recorded, so that no schedule decides which outcomes are seen.
+stays as it is. A temperature cannot move a confidence across one half: where the head is too sure (or not sure enough)
+of everything, as on text of another sampling temperature than it was trained on, one shift of all logits goes first.
+Whole blocks are recorded, so that no schedule decides which outcomes are seen.
 """
 
 import json
@@ -45,6 +47,7 @@ class Calibration:
     ece_after: float
     # bins: the edges; before and after: share accepted in each bin, None where it is empty; ece_before and ece_after
     reliability: dict[str, Any]
+    shift: float = 0.0  # added to all logits before they are divided by temperatures
 
     def to_json(self) -> str:
         """The fields under their own names."""
@@ -59,15 +62,17 @@ def calibrate(
     dataset: str = "",
     max_new_tokens: int = 128,
     temperature: float = 1.0,
+    with_shift: bool = False,
     generator: torch.Generator | None = None,
 ) -> Calibration:
-    """Fit `draft.config.confidence_temperatures` on every second prompt, and measure them on the others.
+    """Fit the draft's `confidence_temperatures` (and `confidence_shift`) on every second prompt, and measure them.
 
     Args:
         prompts: held out from the draft's training; the 1st, 3rd, 5th ... are fitted on, the 2nd, 4th, 6th ... are
             measured on, so that a file ordered by topic has each topic on both sides.
         dataset: what the prompts are called in the result.
         temperature: of the sampling; 0 is greedy. Confidences calibrated for one are not for the other.
+        with_shift: fit one shift of all logits before the temperatures; without it the shift is 0, as in the paper.
 
     Raises ValueError for fewer than two prompts, and as `record_confidences` does.
     """
@@ -76,16 +81,18 @@ def calibrate(
             f"Calibration fits on one half of the prompts and measures on the other, got {len(prompts)}. Give at "
             "least 2; some hundred rounds on each side, such as 50 prompts, are a fair estimate."
         )
+    draft.config.confidence_shift = 0.0  # an earlier calibration's must not be in what is recorded
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "generator": generator}
     logits, accepted = record_confidences(target, draft, prompts[0::2], **settings)
-    temperatures = fit_temperatures(logits, accepted)
+    shift = fit_shift(logits, accepted) if with_shift else 0.0
+    temperatures = fit_temperatures(logits + shift, accepted)
     other_logits, outcomes = record_confidences(target, draft, prompts[1::2], **settings)
-    before, after = survival_probs(other_logits), survival_probs(other_logits, temperatures)
+    before, after = survival_probs(other_logits), survival_probs(other_logits + shift, temperatures)
     eces = {
         "ece_before": expected_calibration_error(before, outcomes),
         "ece_after": expected_calibration_error(after, outcomes),
     }
-    draft.config.confidence_temperatures = temperatures
+    draft.config.confidence_temperatures, draft.config.confidence_shift = temperatures, shift
     return Calibration(
         temperatures=list(temperatures),
         dataset=dataset,
@@ -97,6 +104,7 @@ def calibrate(
             "after": _acceptance_by_bin(after, outcomes),
             **eces,
         },
+        shift=shift,
     )
 
 
@@ -141,6 +149,23 @@ def record_confidences(
         )
     positions = torch.arange(1, block_size + 1)
     return torch.cat(logits), torch.tensor(num_accepted).unsqueeze(-1) >= positions
+
+
+def fit_shift(
+    confidence_logits: torch.Tensor,  # [N, g]  raw
+    accepted: torch.Tensor,  # [N, g]  whether tokens 1 to k were all accepted
+) -> float:
+    """The one shift of all logits with which as many tokens are expected as were accepted, of those that were reached.
+
+    It has the highest likelihood of all shifts; between -8 and 8.
+    """
+    reached = torch.cat([torch.ones_like(accepted[:, :1]), accepted[:, :-1]], dim=1)
+    logits, outcomes = confidence_logits[reached].double(), accepted[reached].double()
+    low, high = -8.0, 8.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if (logits + middle).sigmoid().mean() < outcomes.mean() else (low, middle)
+    return round((low + high) / 2, 4)
 
 
 def fit_temperatures(
@@ -191,9 +216,13 @@ def expected_calibration_error(probs: torch.Tensor, outcomes: torch.Tensor, num_
 
 
 def write_temperatures(
-    temperatures: Sequence[float], draft: str | os.PathLike, output: str | os.PathLike | None = None
+    temperatures: Sequence[float],
+    draft: str | os.PathLike,
+    output: str | os.PathLike | None = None,
+    *,
+    shift: float = 0.0,
 ) -> Path:
-    """Write `confidence_temperatures` into the config.json of a draft's folder; returns the folder.
+    """Write `confidence_temperatures` and `confidence_shift` into a draft's config.json; returns its folder.
 
     Whatever layout the config has, its other keys stay as they are. With `output`, the draft (a folder or a Hub name)
     is left alone: its files are copied there, its config last. Raises ValueError as `output_folder` does.
@@ -206,6 +235,8 @@ def write_temperatures(
             shutil.copyfile(file, folder / file.name)
     text = source.read_text(encoding="utf-8")
     fields = json.loads(text) | {"confidence_temperatures": list(temperatures)}
+    if shift or "confidence_shift" in fields:
+        fields["confidence_shift"] = shift
     indent = re.search(r"^[ \t]+", text, re.MULTILINE)  # as in the file, so that a diff shows the one key
     written = json.dumps(fields, indent=indent and indent[0], ensure_ascii=False)
     _replace_file(folder / "config.json", written + "\n" * text.endswith("\n"))

@@ -30,6 +30,12 @@ def add_commands(subparsers) -> None:
     add("--temperature", default=1.0, type=float, help="that the draft will be used at (default 1); 0 is greedy")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32", "float16"))
     add("--no-chat-template", dest="chat_template", action="store_false", help="take the prompts as they are")
+    add(
+        "--shift",
+        action="store_true",
+        help="fit one shift of all confidence logits first: where the head is too sure of everything, as at another "
+        "temperature than it was trained for, temperatures alone do not help",
+    )
     add("--output", metavar="DIR", help="copy the draft there; default: its own config.json is written, nothing else")
     add("--json", metavar="FILE", help="write temperatures, ECE and reliability there")
     add("--seed", default=0, type=int, help="of the sampling")
@@ -54,11 +60,14 @@ def _calibrate(args: argparse.Namespace) -> None:
         dataset=", ".join(Path(source).name if Path(source).exists() else source for source in args.prompts),
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
+        with_shift=args.shift,
     )
-    folder = write_temperatures(calibration.temperatures, args.draft, args.output)
+    folder = write_temperatures(calibration.temperatures, args.draft, args.output, shift=calibration.shift)
     if args.json is not None:
         Path(args.json).write_text(calibration.to_json() + "\n", encoding="utf-8")
     print(f"temperatures {' '.join(f'{t:.2f}' for t in calibration.temperatures)}")
+    if args.shift:
+        print(f"shift {calibration.shift:.2f}")
     print(
         f"ECE {calibration.ece_before:.1%} before, {calibration.ece_after:.1%} after, on other prompts than the "
         f"{calibration.num_samples} rounds of the fit; written to {folder}"

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from .train.config import TrainConfig
+from .train.config import TRAINABLE, TrainConfig
 
 
 def add_commands(commands) -> None:
@@ -43,7 +43,7 @@ def add_commands(commands) -> None:
         type=int,
     )
     option("warm_start", "draft to start from; its shape is kept")
-    option("trainable", "what of it is trained", choices=("all", "heads"))
+    option("trainable", "what of it is trained", choices=TRAINABLE)
     option("optimizer", "muon for the matrices and AdamW for the rest, or AdamW alone", choices=("muon", "adamw"))
     option("learning_rate", "peak of the cosine; default: 4e-3 with muon, 6e-4 with adamw", type=float)
     option("warmup_ratio", "share of the steps with a rising rate", type=float)

@@ -44,6 +44,7 @@ class DSparkConfig(PreTrainedConfig):
             reads W1[x_{k-1}], and whether it has a bias.
         confidence_temperatures: T_k of the calibrated confidence sigmoid(logit_k / T_k), one for each block position
             (`hf-dspark calibrate` fits them); None is the head as it was trained.
+        confidence_shift: what is added to every confidence logit before that (`hf-dspark calibrate --shift`).
         has_embed_tokens, has_lm_head: whether the draft holds its own copies; otherwise the target's are used.
     """
 
@@ -85,6 +86,7 @@ class DSparkConfig(PreTrainedConfig):
     confidence_head_with_markov: bool = True
     confidence_head_bias: bool = True
     confidence_temperatures: list[float | int] | None = None
+    confidence_shift: float | int = 0.0
     has_embed_tokens: bool = False
     has_lm_head: bool = False
 

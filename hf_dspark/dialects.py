@@ -22,6 +22,7 @@ SHAPE_FIELDS = (
     "max_position_embeddings",
     "initializer_range",
 )
+CALIBRATION = ("confidence_temperatures", "confidence_shift")
 # What ModelOpt, NVIDIA and some trainers call the tensors of heads and sinks; whole names, behind no prefix.
 _RENAMED = {
     r"^(?:model\.|logit_head\.)": "",
@@ -63,7 +64,7 @@ def read_dialect(config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) ->
     layers = found.layers
     fields = {name: layers[name] for name in SHAPE_FIELDS if layers.get(name) is not None}
     fields["hidden_act"] = layers.get("hidden_act") or layers.get("hidden_activation") or "silu"
-    for name in ("num_target_layers", "confidence_temperatures", "architectures", "dtype", "torch_dtype"):
+    for name in ("num_target_layers", *CALIBRATION, "architectures", "dtype", "torch_dtype"):
         if found.get(name) is not None:
             fields[name] = found.get(name)
     fields["target_layer_ids"] = _taps(found)

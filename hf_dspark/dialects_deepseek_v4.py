@@ -149,6 +149,7 @@ def read_deepseek_v4(config: dict[str, Any], num_stages: int, *, is_packed: bool
         "enable_confidence_head": True,
         "confidence_head_bias": False,
         "confidence_temperatures": config.get("confidence_temperatures"),
+        "confidence_shift": config.get("confidence_shift") or 0.0,
         "dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
         "backbone_config": {name: config[name] for name in BACKBONE_KEYS}
         | {

@@ -6,7 +6,7 @@ What a layout cannot say is an error: a draft that another engine would run othe
 from dataclasses import dataclass
 from typing import Any
 
-from .dialects import SHAPE_FIELDS
+from .dialects import CALIBRATION, SHAPE_FIELDS
 
 LAYOUTS = ("dspark", "deepspec", "speculators", "specforge")
 _HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
@@ -54,8 +54,8 @@ def _taps(config: Any) -> dict[str, Any]:
 
 def _common(config: Any) -> dict[str, Any]:
     fields = {"block_size": config.block_size, "dtype": str(config.dtype or "float32").removeprefix("torch.")}
-    for name in ("num_target_layers", "confidence_temperatures"):
-        if getattr(config, name) is not None:
+    for name in ("num_target_layers", *CALIBRATION):
+        if getattr(config, name) not in (None, 0.0):
             fields[name] = getattr(config, name)
     return fields
 

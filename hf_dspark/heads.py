@@ -112,6 +112,7 @@ class ConfidenceHead(nn.Module):
 
     def __init__(self, config: DSparkConfig):
         super().__init__()
+        self.config = config
         extra = config.markov_rank if config.confidence_head_with_markov else 0
         self.proj = nn.Linear(config.hidden_size + extra, 1, bias=config.confidence_head_bias)
 
@@ -119,7 +120,8 @@ class ConfidenceHead(nn.Module):
         """Logits [B, g] from hidden states [B, g, H] and W1 of the previous tokens [B, g, r] (None: not used)."""
         inputs = hidden_states if previous is None else torch.cat([hidden_states, previous], dim=-1)
         bias = None if self.proj.bias is None else self.proj.bias.float()
-        return nn.functional.linear(inputs.float(), self.proj.weight.float(), bias).squeeze(-1)
+        logits = nn.functional.linear(inputs.float(), self.proj.weight.float(), bias).squeeze(-1)
+        return logits + self.config.confidence_shift
 
 
 MARKOV_HEADS = {"vanilla": MarkovHead, "gated": GatedMarkovHead, "rnn": RNNHead}

@@ -15,6 +15,7 @@ from hf_dspark.calibrate import (
     Calibration,
     calibrate,
     expected_calibration_error,
+    fit_shift,
     fit_temperatures,
     record_confidences,
     survival_probs,
@@ -25,7 +26,7 @@ from hf_dspark.draft import draft_block
 
 TRUTH = [2.0, 2.5, 1.4, 1.8]
 TEMPERATURES = [0.5, 3.0, 0.25, 2.0]
-REPORT = ["temperatures", "dataset", "num_samples", "ece_before", "ece_after", "reliability"]
+REPORT = ["temperatures", "dataset", "num_samples", "ece_before", "ece_after", "reliability", "shift"]
 
 
 def _over_confident(num_rounds=40_000, seed=0):
@@ -259,6 +260,44 @@ def test_json_has_the_keys_other_engines_read():
     assert list(written) == REPORT
     assert written["temperatures"] == [1.5, 2.0]
     assert written["reliability"] == {"bins": [], "before": [None], "after": []}
+
+
+def test_shift_takes_away_what_temperatures_cannot():
+    logits, accepted = _over_confident()
+    true_logits = logits / torch.tensor(TRUTH)
+    shifted = true_logits + 0.9  # too sure of everything, by the same
+    assert fit_shift(shifted, accepted) == pytest.approx(-0.9, abs=0.03)
+    assert fit_shift(true_logits, accepted) == pytest.approx(0.0, abs=0.03)
+    alone = survival_probs(shifted, fit_temperatures(shifted, accepted))
+    back = shifted + fit_shift(shifted, accepted)
+    both = survival_probs(back, fit_temperatures(back, accepted))
+    before, after_alone, after_both = (
+        expected_calibration_error(probs, accepted) for probs in (survival_probs(shifted), alone, both)
+    )
+    assert after_both < before / 10
+    assert after_alone > 3 * after_both
+
+
+def test_calibrated_with_a_shift_the_loop_adds_it_and_without_one_it_is_gone(target, draft):
+    prompts, settings = _prompts(8), {"max_new_tokens": 24, "temperature": 0}
+    raw, accepted = record_confidences(target, draft, prompts[0::2], **settings)
+    result = calibrate(target, draft, prompts, with_shift=True, **settings)
+    assert result.shift == fit_shift(raw, accepted) != 0.0
+    assert result.temperatures == fit_temperatures(raw + result.shift, accepted)
+    assert draft.config.confidence_shift == result.shift
+    output = speculate(target, draft, prompts[0], max_new_tokens=24, return_dict_in_generate=True)
+    expected = ((raw[0].double() + result.shift) / torch.tensor(result.temperatures)).sigmoid()
+    assert output.rounds[0].confidence == pytest.approx(expected.tolist(), abs=1e-5)
+    assert calibrate(target, draft, prompts, **settings).shift == 0.0
+    assert draft.config.confidence_shift == 0.0
+
+
+def test_shift_is_written_beside_the_temperatures_and_taken_back(tmp_path, target):
+    make_tiny_draft(target).save_pretrained(tmp_path)
+    write_temperatures(TEMPERATURES, tmp_path, shift=-0.4)
+    assert DSparkDraftModel.from_pretrained(tmp_path).config.confidence_shift == -0.4
+    write_temperatures(TEMPERATURES, tmp_path)
+    assert DSparkDraftModel.from_pretrained(tmp_path).config.confidence_shift == 0.0
 
 
 @pytest.mark.core

@@ -153,12 +153,15 @@ def test_gradient_checkpointing_changes_no_weight(config):
         torch.testing.assert_close(weight, plainly[name])
 
 
-def test_warm_start_of_the_heads_leaves_the_backbone_alone(config, pair):
+@pytest.mark.parametrize(
+    ("trainable", "heads"), [("heads", ("markov_head", "confidence_head")), ("confidence", "confidence_head")]
+)
+def test_warm_start_of_the_heads_leaves_the_rest_alone(config, pair, trainable, heads):
     before = _weights(pair.draft)
-    after = _weights(train(config(warm_start=str(pair.draft), trainable="heads")))
+    after = _weights(train(config(warm_start=str(pair.draft), trainable=trainable)))
     changed = {name for name, weight in after.items() if not torch.equal(weight.float(), before[name].float())}
     assert changed
-    assert all(name.startswith(("markov_head", "confidence_head")) for name in changed)
+    assert all(name.startswith(heads) for name in changed)
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -324,7 +327,7 @@ def test_taps_are_spread_as_in_the_released_drafts():
     ("fields", "message"),
     [
         ({"steps": 0}, "`steps` must be at least 1"),
-        ({"trainable": "tail"}, '"all" or "heads"'),
+        ({"trainable": "tail"}, '"all", "heads" or "confidence"'),
         ({"held_out": 12}, "is left to train on"),
     ],
 )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 _LEARNING_RATES = {"muon": 4e-3, "adamw": 6e-4}
+TRAINABLE = ("all", "heads", "confidence")
 _COUNTS = ("steps", "batch_size", "num_anchors", "chunk_rows", "answers_per_prompt", "eval_every", "save_every")
 
 
@@ -18,7 +19,8 @@ class TrainConfig:
         steps, batch_size: optimizer steps, and sequences in each, over all processes.
         layers, block_size, markov_rank, head, taps, mask_token_id, confidence: shape of the draft (`draft_config`).
         warm_start: folder or name of a draft to start from, whose shape is kept.
-        trainable: "all" or "heads" (sequential and confidence head only).
+        trainable: "all", "heads" (sequential and confidence head only) or "confidence" (that head only, for a draft
+            that is used on other text or at another temperature than it was trained for).
         draft_vocab_size: the draft proposes only the tokens most frequent in the answers, so many of them.
         optimizer: "muon" (orthogonalised momentum for the matrices of layers and `fc`, AdamW for the rest) or "adamw".
         learning_rate: peak of warm-up and cosine; default 4e-3 with muon, 6e-4 with adamw.
@@ -75,8 +77,8 @@ class TrainConfig:
             raise ValueError(
                 "No prompts were given: name a file or a data set, or let the target write N with `self:N`."
             )
-        if self.trainable not in ("all", "heads"):
-            raise ValueError(f'`trainable` must be "all" or "heads", got {self.trainable!r}.')
+        if self.trainable not in TRAINABLE:
+            raise ValueError(f'`trainable` must be "all", "heads" or "confidence", got {self.trainable!r}.')
         if self.optimizer not in _LEARNING_RATES:
             raise ValueError(f"`optimizer` must be one of {sorted(_LEARNING_RATES)}, got {self.optimizer!r}.")
         if self.learning_rate is None:

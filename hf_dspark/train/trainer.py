@@ -297,13 +297,15 @@ def _draft(model, tokenizer, config: TrainConfig, training: list[Sample]) -> DSp
             f"The draft {config.warm_start!r} mixes full and sliding layers ({draft.config.layer_types}), which "
             "packed training does not. Start from one whose layers are alike, or from nothing."
         )
-    draft.config.confidence_temperatures = None  # they belong to the heads as they were before
+    draft.config.confidence_temperatures, draft.config.confidence_shift = None, 0.0  # of the heads as they were before
     draft.to(model.device, torch.float32).train()
-    if config.trainable == "heads":
+    if config.trainable != "all":
+        heads = [draft.confidence_head] + ([draft.markov_head] if config.trainable == "heads" else [])
+        if not any(heads):
+            raise ValueError(f"The draft {config.warm_start!r} has no such head to train ({config.trainable}).")
         draft.requires_grad_(False)
-        for head in (draft.markov_head, draft.confidence_head):
-            if head is not None:
-                head.requires_grad_(True)
+        for head in filter(None, heads):
+            head.requires_grad_(True)
     return draft
 
 
