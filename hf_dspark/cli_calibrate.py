@@ -1,14 +1,17 @@
-"""`hf-dspark calibrate`: the command line of `calibrate()`. It parses, calls and prints."""
+"""`hf-dspark calibrate`: the command line of `calibrate()` and of `load_or_profile()`. It parses, calls and prints."""
 
 import argparse
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from .calibrate import calibrate, output_folder, write_temperatures
 from .cli_options import positive
+from .costs import load_or_profile
 from .eval.prompts import encode_prompt
 from .modeling_dspark import DSparkDraftModel
+from .schedule import CostTable
 from .train.prompts import read_prompts
 
 
@@ -20,7 +23,6 @@ def add_commands(subparsers) -> None:
     add("--draft", required=True, help="folder or Hub name of its DSpark draft")
     add(
         "--prompts",
-        required=True,
         nargs="+",
         help="jsonl with `turns` (the first is the prompt), text with a prompt a line, a data set, or self:N (the "
         "target writes N itself); none that the draft was trained on",
@@ -37,9 +39,46 @@ def add_commands(subparsers) -> None:
         "temperature than it was trained for, temperatures alone do not help",
     )
     add("--output", metavar="DIR", help="copy the draft there; default: its own config.json is written, nothing else")
-    add("--json", metavar="FILE", help="write temperatures, ECE and reliability there")
+    add("--json", metavar="FILE", help="write temperatures, ECE and reliability there, or with --cost the table")
     add("--seed", default=0, type=int, help="of the sampling")
-    parser.set_defaults(run=_calibrate)
+    add(
+        "--cost",
+        action="store_true",
+        help="instead, measure what forwards and drafting take here, for ThroughputSchedule; needs no prompts",
+    )
+    add("--batch-size", default=1, type=positive, help="with --cost: requests that will run together (default 1)")
+    add("--max-tokens", type=positive, help="with --cost: of a forward; default: whole blocks of all requests")
+    add("--prompt-length", default=256, type=positive, help="with --cost: tokens of context (default 256)")
+    add("--repeats", default=15, type=positive, help="with --cost: each size is timed so often (default 15)")
+    add("--threads", type=positive, help="of PyTorch on a CPU")
+    parser.set_defaults(run=lambda args: _run(parser, args))
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not args.cost and args.prompts is None:
+        parser.error("the following arguments are required: --prompts (or --cost)")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    (_measure_costs if args.cost else _calibrate)(args)
+
+
+def _measure_costs(args: argparse.Namespace) -> None:
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype, device_map="auto")
+    draft = DSparkDraftModel.from_pretrained(args.draft, target=target, dtype=args.dtype)
+    names = ("max_tokens", "batch_size", "prompt_length", "repeats")
+    table = load_or_profile(target, draft, **{name: getattr(args, name) for name in names}, refresh=True)
+    if args.json is not None:
+        Path(args.json).write_text(table.to_json() + "\n", encoding="utf-8")
+    _print_table(table)
+
+
+def _print_table(table: CostTable) -> None:
+    first = table.sample_steps_per_sec[0]
+    print("tokens      ms  steps/s  of the first")
+    for tokens, rate in zip(table.sample_batch_tokens, table.sample_steps_per_sec, strict=True):
+        print(f"{tokens:6} {1000 / rate:7.1f} {rate:8.1f} {first / rate:13.2f}")
+    for requests, seconds in zip(table.sample_draft_requests, table.sample_draft_seconds, strict=True):
+        print(f"drafting for {requests}: {1000 * seconds:.1f} ms, {first * seconds:.2f} of the first")
 
 
 def _calibrate(args: argparse.Namespace) -> None:

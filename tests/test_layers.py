@@ -15,7 +15,7 @@ ROWS = [
     ["cli"],
     ["cli_calibrate", "cli_check", "cli_convert", "cli_eval", "cli_train"],
     ["doctor"],
-    ["calibrate", "cards", "demo", "train"],
+    ["calibrate", "cards", "costs", "demo", "train"],
     ["comparison", "eval", "cli_options", "convert"],
     ["modeling_dspark"],
     ["door", "generate", "backbone_qwen3", "backbone_gemma4", "backbone_deepseek_v4", "hub", "loading"],
@@ -88,7 +88,7 @@ def test_shipped_files_import_in_the_form_that_transformers_copies(name):
     [
         (r"GenerationMixin\.generate\b", {"door"}),
         (r"_get_candidate_generator", {"candidate_generator"}),
-        (r"perf_counter|cuda\.Event", {"generate", "comparison"}),
+        (r"perf_counter|cuda\.Event", {"generate", "comparison", "costs"}),
         (r"[\"']past_key_values[\"']", {"compat", "comparison"}),
         (r"\.crop\(|activate_past_recording", {"rollback", "slots"}),
         (r"outputs\.hidden_states|output_hidden_states\"", {"features", "verify"}),
