@@ -78,6 +78,11 @@ def test_appendix_a_both_cases_verify_nothing(second_confidence):
     assert best == (2 if second_confidence else 0)
 
 
+def test_token_that_only_keeps_the_throughput_is_not_admitted():
+    table = CostTable([1, 2, 3], [1.0, 0.5, 1.0], 3)
+    assert ThroughputSchedule(table)(torch.ones(1, 2)).tolist() == [0]  # 1 * 1.0, 2 * 0.5, 3 * 1.0
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("draft_seconds", [None, 0.4])
 @pytest.mark.parametrize("curve", ["smooth", "linear"])
@@ -216,6 +221,23 @@ def test_confidences_of_tokens_that_are_not_there_play_no_part():
         )
         lengths = [ThroughputSchedule(table)(c, num_drafted).tolist() for c in (confidence, other)]
         assert lengths[0] == lengths[1]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_capacity_counts_only_tokens_that_were_there(packed):
+    table = CostTable([1, 6], [1.0, 100.0], 6)  # a larger forward is the faster one
+    schedule = ThroughputSchedule(table, mode="asynchronous", packed=packed)
+    for _ in range(2):
+        assert schedule(torch.full((1, LENGTH), 0.9), torch.tensor([2])).tolist() == [2]
+    assert schedule(torch.full((1, LENGTH), 0.9)).tolist() == [2]
+
+
+def test_one_schedule_serves_batches_of_different_shapes():
+    table = _table(_jagged, draft_seconds=0.1)
+    schedule = ThroughputSchedule(table)
+    for rows, length in ((2, 3), (3, 2), (6, 1), (1, 6), (2, 3)):
+        confidence = _confidence(rows, length, seed=rows)
+        assert schedule(confidence).tolist() == ThroughputSchedule(table)(confidence).tolist()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -412,6 +434,17 @@ def test_a_disturbed_round_does_not_shut_the_gate():
         gate, lambda _: 3, 3000, cost=1.4, measured=True, disturb=lambda s: s * (50 if rng.random() < 0.05 else 1)
     )
     assert len(drafting) > 0.95 * 1000
+
+
+def test_disturbed_plain_rounds_do_not_open_the_gate():
+    rng = random.Random(2)
+    gate = DraftGate(_gate_table(1.6))
+
+    def disturb(seconds):
+        return 50 * seconds if seconds == 1.0 and rng.random() < 0.1 else seconds
+
+    _, _, drafting = _run(gate, lambda _: 1, 5000, cost=1.6, measured=True, disturb=disturb)
+    assert len(drafting) < 3 * (4 + 5000 / 256)
 
 
 def test_plain_rounds_are_measured_now_and_then_only_where_times_are_given():
