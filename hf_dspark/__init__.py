@@ -7,19 +7,21 @@ from .comparison import compare
 from .configuration_dspark import DSparkConfig
 from .draft import draft_block
 from .modeling_dspark import DSparkDraftModel
-from .schedule import ConfidenceThreshold, FixedLength
+from .schedule import ConfidenceThreshold, CostTable, FixedLength, ThroughputSchedule
 from .state import DraftBlock, GenerationStats, RoundRecord
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConfidenceThreshold",
+    "CostTable",
     "DSparkConfig",
     "DSparkDraftModel",
     "DraftBlock",
     "FixedLength",
     "GenerationStats",
     "RoundRecord",
+    "ThroughputSchedule",
     "__version__",
     "compare",
     "draft_block",

@@ -91,7 +91,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         block_size = self.draft.config.block_size
         limit = block_size if self.schedule.num_tokens is None else self.schedule.num_tokens
         num_tokens = min(block_size, limit, self.max_length - input_ids.shape[1] - 1)  # room for the bonus token
-        if num_tokens < 1:
+        if num_tokens < 1 or not self.schedule.should_draft():
             return None
         block_positions = self.context.next_positions(self.draft.config.num_block_inputs)
         features, positions = self.context.take()

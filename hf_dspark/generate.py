@@ -106,6 +106,7 @@ class _Call:
         cache = _ensure_cache(self.target, model_kwargs)
         state = DecodeState(self.input_ids, model_kwargs, cache_length=cache.get_seq_length())
         state.extras = {name: [] for name in self.extras}
+        self.schedule.reset()
         candidates = self._candidates(context_of(self.draft, cache, state.cache_length))
         with self.watch.part("total"), candidates.tap:
             with self.watch.part("prefill"):
@@ -163,6 +164,7 @@ class _Call:
         candidates.observe(candidates.tap.take(verification.outputs)[:, num_pending:][:, :num_read])
         self._commit(state, verification, decision)
         state.rounds.append(RoundRecord.of(block, verify_length, decision.num_accepted, decision.emitted_ids))
+        self.schedule.observe(num_read, None if block is None else verify_length)
         _stream(streamer, decision)
 
     def _read_pending(self, state: DecodeState, candidates: DSparkCandidateGenerator, rewinder: Rewinder) -> None:

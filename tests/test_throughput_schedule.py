@@ -515,3 +515,21 @@ def test_schedule_hands_rounds_to_its_gate_and_others_always_draft():
     assert schedule.should_draft()
     own = DraftGate(_gate_table(2.5))
     assert ThroughputSchedule(_gate_table(2.5), gate=own).gate is own
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("draft_seconds", "is_worth_it"), [(0.01, True), (5.0, False)])
+def test_loop_stops_drafting_where_it_does_not_pay_and_only_there(draft_seconds, is_worth_it):
+    target, prompt = make_tiny_target("qwen3", seed=2), random_prompt(64, 6, seed=4)
+    expected = plain(target, prompt, max_new_tokens=40)
+    draft = make_draft_of_quality(target, expected[0].tolist(), "perfect")
+    schedule = ThroughputSchedule(_table(_smooth, draft_seconds=draft_seconds))
+    settings = {"max_new_tokens": 40, "return_dict_in_generate": True, "schedule": schedule}
+    for _ in range(2):  # a gate that is shut stays so in the next call
+        output = speculate(target, draft, prompt, **settings)
+        assert output.sequences.tolist() == expected.tolist()
+        drafted = [round.draft_ids is not None for round in output.rounds[:-1]]
+        if is_worth_it:
+            assert all(drafted)
+        else:
+            assert sum(drafted) < len(drafted) / 4
