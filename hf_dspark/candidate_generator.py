@@ -149,6 +149,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         if self.context.target_length > 0:
             block, length = self._last
             self.rounds.append(RoundRecord.of(block, length, int(num_matches), input_ids[:, -int(num_matches) - 1 :]))
+            self.schedule.observe(int(num_matches) + 1, None if block is None else length)
 
     def _sampler(self, input_ids: torch.Tensor):
         """The rule on one position's draft logits, with the prefix that ends in the tokens drafted before it."""

@@ -1,8 +1,8 @@
 """A draft's tensors under our names, read from its files one at a time. `hub.py` finds the files."""
 
-import importlib
 import threading
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Checkpoint:
         return {name: self.tensor(name) for name in self.entries if name not in UNUSED}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DeepseekV4Checkpoint:
     """The draft inside a DeepSeek-V4 target: `mtp.*` tensors, dequantised as they are read.
 
@@ -61,23 +61,20 @@ class DeepseekV4Checkpoint:
 
     is_renamed = True
 
-    @property
-    def parts(self) -> dict[str, Part]:
+    @cached_property
+    def entries(self) -> dict[str, Part]:
+        """What each tensor of the draft is made of, under our names."""
         return our_tensors(self.config, self.num_stages, is_packed=self.is_packed)
 
     @property
-    def entries(self) -> dict[str, Part]:
-        return self.parts
-
-    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: part.shape for name, part in self.parts.items()}
+        return {name: part.shape for name, part in self.entries.items()}
 
     @property
     def num_bytes(self) -> int:
         """Size of the loaded draft in bfloat16, packed experts as they are."""
         width = {"codes": 1, "scales": 1}
-        return sum(torch.Size(part.shape).numel() * width.get(part.kind, 2) for part in self.parts.values())
+        return sum(torch.Size(part.shape).numel() * width.get(part.kind, 2) for part in self.entries.values())
 
     def with_experts(self, *, is_packed: bool) -> "DeepseekV4Checkpoint":
         """The same files, with the routed experts kept as they are stored or dequantised."""
@@ -96,7 +93,7 @@ class DeepseekV4Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor and what belongs to it; quantised ones come back in bfloat16."""
-        part = self.parts[name]
+        part = self.entries[name]
         if part.kind == "plain":
             return self._read(part.stored[0]).clone()  # not a view of the file, which would stay open
         if part.kind == "fp8":
@@ -134,22 +131,12 @@ class DeepseekV4Checkpoint:
 class LazyTensor:
     """A tensor that is read when it is indexed, as the slices of safetensors are."""
 
-    def __init__(self, checkpoint: Checkpoint | DeepseekV4Checkpoint, name: str):
+    def __init__(self, checkpoint: DeepseekV4Checkpoint, name: str):
         self._checkpoint, self._name = checkpoint, name
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         with _one_at_a_time:
             return self._checkpoint.tensor(self._name)[index]
-
-
-def free_memory(device: torch.device | None) -> float:
-    """Bytes that are free on `device` (None: the CPU); infinite where nothing tells."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return importlib.import_module("psutil").virtual_memory().available
-    except ImportError:  # it comes with accelerate
-        return float("inf")
 
 
 def _read(file: str, stored_name: str) -> torch.Tensor:

@@ -98,6 +98,7 @@ class _Call:
         self.has_other_criteria = len(lengths) + len(eos) < len(criteria)
         self.watch = _Stopwatch(target.device)
         self.agreement = Agreement(target)
+        self.schedule.reset()
 
     def run(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
         """Our loop."""
@@ -106,7 +107,6 @@ class _Call:
         cache = _ensure_cache(self.target, model_kwargs)
         state = DecodeState(self.input_ids, model_kwargs, cache_length=cache.get_seq_length())
         state.extras = {name: [] for name in self.extras}
-        self.schedule.reset()
         candidates = self._candidates(context_of(self.draft, cache, state.cache_length))
         with self.watch.part("total"), candidates.tap:
             with self.watch.part("prefill"):

@@ -1,10 +1,12 @@
 """Whether a checkpoint, a config and a target belong together: the checks and choices of `from_pretrained`."""
 
+import importlib
+
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .checkpoint import Checkpoint, DeepseekV4Checkpoint, free_memory
+from .checkpoint import Checkpoint, DeepseekV4Checkpoint
 from .configuration_dspark import DSparkConfig
 from .dialects import UNUSED
 from .features import num_target_layers
@@ -125,6 +127,16 @@ def check_draft_tokens(config: DSparkConfig, checkpoint: Checkpoint) -> None:
             f"The draft's `d2t` does not name {len(ids)} tokens of a vocabulary of {config.vocab_size} in rising "
             "order: the file belongs to another tokenizer, or is damaged. Get the complete checkpoint."
         )
+
+
+def free_memory(device: torch.device | None) -> float:
+    """Bytes that are free on `device` (None: the CPU); infinite where nothing tells."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return importlib.import_module("psutil").virtual_memory().available
+    except ImportError:  # it comes with accelerate
+        return float("inf")
 
 
 def device_of(target: PreTrainedModel) -> torch.device:
