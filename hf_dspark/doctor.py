@@ -196,8 +196,8 @@ def _taus(draft: DSparkDraftModel, target: PreTrainedModel, samples: Sequence[Sa
     frozen = FrozenTarget(target, draft.config.target_layer_ids, draft.draft_token_ids)
     step, taus = TrainingStep(draft, frozen), []
     for sample in samples:
-        anchors = sample_anchors(sample, _NUM_ANCHORS, torch.Generator().manual_seed(0))
-        blocks = blocks_of_draft(draft.config, sample, anchors, position_decay=4.0).to(target.device)
+        anchors = sample_anchors(sample, _NUM_ANCHORS, torch.Generator().manual_seed(0)).to(target.device)
+        blocks = blocks_of_draft(draft.config, sample, anchors, position_decay=4.0)
         _, outcomes = step(frozen.read(sample.input_ids), blocks)
         supervised = blocks.weights > 0
         overlap = torch.zeros(supervised.shape, device=supervised.device)
