@@ -52,22 +52,19 @@ def take_over_answers(first_stage: Path, folder: Path) -> None:
 
 
 def config(folder: Path, warm_start: str | None, **given) -> TrainConfig:
+    always = {"batch_size": 16, "eval_every": 100, "save_every": 100, "max_new_tokens": 192, "max_length": 640}
     first = {"steps": 1000, "learning_rate": 5e-3, "draft_vocab_size": 12288, "layers": 2}
     second = {"steps": 500, "learning_rate": 3e-3, "warm_start": warm_start, "answers_per_prompt": 2}
     temperature = 0.6 if warm_start is None else 0.3
     on_cpu = {"feature_cache": True}
     on_gpu = {"micro_batch_size": 16, "num_anchors": 192, "chunk_rows": 4096, "answer_batch_size": 512}
-    settings = (first if warm_start is None else second) | (on_gpu if torch.cuda.is_available() else on_cpu) | given
+    stage = first if warm_start is None else second
+    settings = always | stage | (on_gpu if torch.cuda.is_available() else on_cpu) | given
     return TrainConfig(
         target=str(demo_target_folder()),
         prompts=[str(file) for file in sorted((folder / "train").glob("*.jsonl"))],
         exclude=[str(file) for file in sorted((folder / "held_out").glob("*.jsonl"))],
         output=str(folder / "draft"),
-        batch_size=16,
-        eval_every=100,
-        save_every=100,
-        max_new_tokens=192,
-        max_length=640,
         generation={"do_sample": True, "temperature": temperature, "top_k": 0},
         seed=20261125,
         **settings,
