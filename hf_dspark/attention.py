@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .dispatch import note, with_kernel
 
 _HALF = (torch.float16, torch.bfloat16)
+_flash_forward = torch.ops.aten._flash_attention_forward
 
 
 @with_kernel
@@ -148,10 +149,9 @@ def _flash(query, key, value, lengths, *, scaling: float, is_causal: bool, windo
     batch_size, num_heads, num_rows, head_dim = query.shape
     num_key_heads, num_keys = key.shape[1], key.shape[2]
     settings = {"scale": scaling, "window_size_left": None if window is None else window - 1}
-    attend = torch.ops.aten._flash_attention_forward
     if lengths is None:
         states = (states.transpose(1, 2) for states in (query, key, value))
-        output = attend(*states, None, None, num_rows, num_keys, 0.0, is_causal, False, **settings)[0]
+        output = _flash_forward(*states, None, None, num_rows, num_keys, 0.0, is_causal, False, **settings)[0]
         return output.transpose(1, 2)
     # Every head of keys is a sequence of its own: so lie the keys in memory, and nothing is copied.
     num_sequences, group = batch_size * num_key_heads, num_heads // num_key_heads
@@ -160,7 +160,7 @@ def _flash(query, key, value, lengths, *, scaling: float, is_causal: bool, windo
     keys, values = (states.reshape(-1, 1, head_dim) for states in (key, value))
     used = lengths.to(torch.int32).repeat_interleave(num_key_heads)
     lengths_of = (starts * num_rows, starts * num_keys, num_rows, num_keys)
-    output = attend(grouped, keys, values, *lengths_of, 0.0, is_causal, False, **settings, seqused_k=used)[0]
+    output = _flash_forward(grouped, keys, values, *lengths_of, 0.0, is_causal, False, **settings, seqused_k=used)[0]
     return output.view(-1, num_rows, group, head_dim).transpose(1, 2).reshape(query.shape)
 
 
