@@ -23,6 +23,7 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["bnb"],
+    *EXTRAS["kernels"],
     "matplotlib>=3.8",
     "ipykernel>=6.29",
     "nbclient>=0.10",

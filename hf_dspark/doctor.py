@@ -117,7 +117,8 @@ def examine(
         if _mean(taus[0]) - 1 > _HARDLY * (_mean(base) - 1):
             variants.append(_variant(name, f"encode prompts {name}", *taus))
     variants.sort(key=lambda variant: variant.tau_as_is - variant.tau)
-    return Diagnosis(_facts(draft, target), tuple(comparisons), _mean(base), tuple(variants))
+    facts = _facts(draft, target) | comparisons[0].stats.kernels
+    return Diagnosis(facts, tuple(comparisons), _mean(base), tuple(variants))
 
 
 def _facts(draft: DSparkDraftModel, target: PreTrainedModel) -> dict[str, str]:

@@ -7,8 +7,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
+
 from tiny import make_tiny_draft, make_tiny_target
 from transformers.utils import logging
+
+from hf_dspark import dispatch
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
@@ -36,3 +42,20 @@ def draft(target):
 def _warnings_are_said_again():
     """What is said once in a process is said once in each test."""
     logging.warning_once.cache_clear()
+
+
+@pytest.fixture
+def kernels_everywhere(monkeypatch):
+    """Where there is no GPU, twins run in Triton's interpreter on CPU tensors, which they else leave alone."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(dispatch, "_kernel_devices", lambda: frozenset({torch.device("cpu")}))
+    dispatch.load_kernels()
+    yield
+    monkeypatch.undo()
+    dispatch.load_kernels()
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and there is none")

@@ -20,11 +20,13 @@ ROWS = [
     ["modeling_dspark"],
     ["door", "generate", "backbone_qwen3", "backbone_gemma4", "backbone_deepseek_v4", "hub", "loading"],
     ["candidate_generator"],
-    ["draft"],
+    ["draft", "attention_interface"],
     ["features", "schedule", "verify", "accept", "rollback", "slots", "heads", "checkpoint", "agreement"],
     ["configuration_dspark", "sampling", "attention", "dialects_export"],
-    ["dialects", "dialects_deepseek_v4", "dequantize", "state", "compat"],
+    ["dialects", "dialects_deepseek_v4", "dequantize", "state", "compat", "dispatch"],
 ]
+# They stand outside: `dispatch` finds them by name, and they import nothing of the package but records.
+KERNELS = sorted(path.stem for path in PACKAGE.glob("kernels/*.py"))
 ROW_OF = {name: index for index, row in enumerate(ROWS) for name in row}
 # verify.py types its argument with the tap it is given.
 SAME_ROW = {("verify", "features")}
@@ -34,10 +36,10 @@ MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub"}
 
 # They read tensors after a call, never during a round; the others say at the place why they read.
 OUTSIDE_THE_ROUND = {"state", "comparison", "cli", "calibrate", "doctor"}
-READERS = {"generate", "agreement", "candidate_generator", "accept", "sampling", "backbone_deepseek_v4"}
+READERS = {"generate", "attention", "agreement", "candidate_generator", "accept", "sampling", "backbone_deepseek_v4"}
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+FOLDERS = sorted({path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"kernels"})
 
 
 def _source(name):
@@ -62,6 +64,18 @@ def test_imports_point_down(name):
             assert ROW_OF[name] == 0, f"{name} imports the package itself"
         elif (name, imported) not in SAME_ROW:
             assert ROW_OF[imported] > ROW_OF[name], f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_stand_outside(name):
+    for node in _relative_imports(f"kernels/{name}"):
+        names_kernel = node.level == 1 and node.module in KERNELS
+        assert names_kernel or (node.level == 2 and node.module == "state"), f"{name} imports {node.module}"
+
+
+@pytest.mark.parametrize("name", [*MODULES, "__init__"])
+def test_nothing_imports_kernels_by_statement(name):
+    assert not re.search(r"^\s*(import|from) \.*(\w+\.)*(kernels|triton)\b", _source(name), re.M)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -103,5 +117,11 @@ def test_outside_things_have_one_owner(pattern, owners):
     assert found <= owners
 
 
+def test_triton_is_used_in_its_own_files_alone():
+    found = {name for name in KERNELS if "triton" in _source(f"kernels/{name}").replace(".triton_", "")}
+    assert all(name.startswith("triton_") for name in found)
+
+
 def test_no_module_is_longer_than_400_lines():
-    assert {name: count for name in MODULES if (count := len(_source(name).splitlines())) > 400} == {}
+    names = [*MODULES, *(f"kernels/{name}" for name in KERNELS)]
+    assert {name: count for name in names if (count := len(_source(name).splitlines())) > 400} == {}

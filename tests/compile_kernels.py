@@ -1,0 +1,114 @@
+"""Compile the kernels ahead of time for one GPU architecture, without a GPU, and print what they need as JSON lines.
+
+    python tests/compile_kernels.py 90
+
+A process of its own: where Triton interprets kernels, it cannot compile them.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_dspark.kernels import triton_attention as attention
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass
+class Build:
+    """One kernel with its arguments' types: "*bf16", "i32", "fp32", ..., or a value where it is a constant."""
+
+    name: str
+    kernel: triton.JITFunction
+    arguments: dict
+    options: dict  # of the launch
+
+    def figures(self, capability: int) -> dict:
+        """Registers a thread, spilled words, bytes of shared memory and of stack."""
+        constants, signature, attributes = {}, {}, {}
+        for index, name in enumerate(self.kernel.arg_names):
+            value = self.arguments[name]
+            is_type = isinstance(value, str) and re.fullmatch(r"\*?(fp|bf|i|u)\d+", value)
+            signature[name] = value if is_type else "constexpr"
+            if not is_type:
+                constants[index,] = value
+            elif value.startswith("*") or (value == "i32" and name not in self.kernel.do_not_specialize):
+                attributes[index,] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+        return {"kernel": self.name, "shared": built.metadata.shared, **_read(built.asm["cubin"])}
+
+
+def _read(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    numbers = {key: int(re.search(rf"{word}:(\d+)", usage)[1]) for key, word in _USAGE.items()}
+    # Spilled words are written to the stack and read back.
+    return numbers | {
+        "spills": len(re.findall(r"\bSTL\b", code)),
+        "tensor_cores": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)),
+    }
+
+
+_USAGE = {"registers": "REG", "stack": "STACK"}
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _attention(name: str, head_dim: int, dtype: str = "bf16", **flags) -> Build:
+    size = 4 if dtype == "fp32" else 2
+    arguments = dict.fromkeys(attention.split_attention_kernel.arg_names, "i32")
+    arguments |= dict.fromkeys(("query", "key", "value"), f"*{dtype}")
+    arguments |= {"lengths": "*i32", "partial": "*fp32", "statistics": "*fp32", "scaling": "fp32", "softcap": "fp32"}
+    arguments |= {"NUM_KEY_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "IS_CAUSAL": True, "HAS_LENGTHS": True}
+    arguments |= {"HAS_WINDOW": False, "HAS_SOFTCAP": False}
+    arguments |= attention.block_sizes(head_dim, size) | flags
+    return Build(f"attention {name}", attention.split_attention_kernel, arguments, attention.options(head_dim, size))
+
+
+def _merge(head_dim: int) -> Build:
+    arguments = dict.fromkeys(("num_splits", "num_rows"), "i32")
+    arguments |= {"partial": "*fp32", "statistics": "*fp32", "sinks": "*bf16", "output": "*bf16"}
+    arguments |= {"NUM_HEADS": 32, "HEAD_DIM": head_dim, "HAS_SINKS": True}
+    return Build(
+        f"merge of splits, {head_dim}", attention.merge_splits_kernel, arguments, attention.options(head_dim, 2)
+    )
+
+
+def builds() -> list[Build]:
+    """Every kernel in the configurations that are launched."""
+    return [
+        _attention("64", 64),
+        _attention("128", 128),
+        _attention("256", 256),
+        _attention("128, group of 5", 128, GROUP=5),
+        _attention("128, bidirectional", 128, IS_CAUSAL=False, HAS_LENGTHS=False, lengths=None),
+        _attention("64, window", 64, GROUP=8, HAS_WINDOW=True),
+        _attention("256, window, soft-cap", 256, GROUP=2, HAS_WINDOW=True, HAS_SOFTCAP=True),
+        _attention("128, fp16", 128, "fp16"),
+        _attention("128, fp32", 128, "fp32"),
+        _attention("256, fp32", 256, "fp32"),
+        _merge(128),
+        _merge(256),
+    ]
+
+
+if __name__ == "__main__":
+    for build in builds():
+        print(json.dumps(build.figures(int(sys.argv[1]))))
