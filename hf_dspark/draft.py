@@ -21,6 +21,7 @@ def draft_block(
     position_ids: torch.Tensor | None = None,  # [B, new+inputs]  of the new context, then of the block's inputs
     num_tokens: int | None = None,
     sampler: Sampler | None = None,
+    attention_mask: dict[str, torch.Tensor] | None = None,
 ) -> DraftBlock:
     """Propose up to `block_size` tokens after the anchor; the context is read into `cache`, the block is not kept.
 
@@ -28,6 +29,7 @@ def draft_block(
         position_ids: default is a context without gaps, so the anchor stands at its length.
         num_tokens: sample only the first of the block's positions. The backbone always sees the whole block.
         sampler: default is greedy.
+        attention_mask: as the draft's forward takes it.
 
     Raises ValueError where the draft has no embedding or lm_head of its own and no target is bound.
     """
@@ -40,7 +42,8 @@ def draft_block(
         start = cache.get_seq_length()
         stop = start + features.shape[1] + num_inputs
         position_ids = torch.arange(start, stop, device=features.device).expand(features.shape[0], -1)
-    hidden_states = draft(features, torch.cat([anchor_ids, masks], dim=1), position_ids, cache)
+    block_ids = torch.cat([anchor_ids, masks], dim=1)
+    hidden_states = draft(features, block_ids, position_ids, cache, attention_mask)
     drop_last(cache, num_inputs)
     hidden_states = hidden_states[:, config.first_slot : config.first_slot + num_tokens]
     base_logits = draft.compute_logits(hidden_states)
@@ -72,7 +75,7 @@ def _sample_block(draft, hidden_states, base_logits, anchor_ids, sampler: Sample
         draft_logits=torch.stack(draft_logits, dim=1),
         confidence_logits=confidence,
         hidden_states=hidden_states,
-        distribution=_join(laws),
+        distribution=join_laws(laws),
         confidence_temperatures=draft.config.confidence_temperatures,
     )
 
@@ -81,7 +84,8 @@ def _greedy(logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tens
     return logits.argmax(-1), None
 
 
-def _join(laws: list[Distribution | None]) -> Distribution | None:
+def join_laws(laws: list[Distribution | None]) -> Distribution | None:
+    """Laws of single positions as one of all of them."""
     if laws[0] is None:
         return None
     ids = None if laws[0].support_ids is None else torch.cat([law.support_ids for law in laws], dim=1)
