@@ -63,21 +63,22 @@ class SimulatedPair:
     tau: float  # as asked for
     round_starts: torch.Tensor  # [rounds+1]  rising token ids, which are positions in the text; on the CPU
 
-    def passages(self, num_rows: int, num_tokens: int) -> tuple[torch.Tensor, int]:
-        """First tokens [B] of passages that whole rounds read, and the length of each: about `num_tokens`.
+    def passages(self, num_rows: int, num_tokens: int) -> tuple[torch.Tensor, int, int]:
+        """Passages of about `num_tokens` tokens that end where a round does.
 
-        The first token is a prefill's; the rounds after it emit tau tokens each in the mean, to half a token in all.
+        Returns the first tokens [B], how many rounds each passage takes, and its length: a first token, which is the
+        prefill's, and as many as make the rounds emit tau in the mean, to half a token in all.
         """
         num_rounds = max(1, round((num_tokens - 1) / self.tau))
         emitted = self.round_starts[num_rounds:] - self.round_starts[:-num_rounds]
         if len(emitted) < num_rows:
             raise ValueError(
-                f"{num_rows} passages of {num_tokens} tokens were asked for, and this shape's text has only "
-                f"{self.round_starts[-1].item()} tokens. Ask for fewer tokens."
+                f"{num_rows} passages of {num_tokens} tokens were asked for, and the text of this shape has "
+                f"{int(self.round_starts[-1])} tokens. Ask for fewer tokens."
             )
         total = round(num_rounds * self.tau)
         rows = (emitted - total).abs().argsort(stable=True)[:num_rows]
-        return self.round_starts[rows], 1 + total
+        return self.round_starts[rows], num_rounds, 1 + total
 
 
 @torch.no_grad()
