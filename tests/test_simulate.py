@@ -15,7 +15,7 @@ from hf_dspark.eval.counts import counted_rounds
 from hf_dspark.eval.roofline import DeviceRates, Work, draft_work, target_work
 from hf_dspark.eval.simulate import run_simulation
 from hf_dspark.eval.simulated_arms import ARMS, Arm
-from hf_dspark.eval.simulated_pair import SimulatedPair, acceptance_of, make_pair
+from hf_dspark.eval.simulated_pair import SHAPES, SimulatedPair, acceptance_of, make_pair
 
 TAU = 4.4
 RATES = DeviceRates(copy_bandwidth=1e9, matrix_rate=1e9)
@@ -36,6 +36,16 @@ def _text(pair: SimulatedPair, num_tokens: int) -> tuple[torch.Tensor, torch.Ten
     return torch.cat([prompt, text[:, :1]], dim=1), text[:, 1:], num_rounds
 
 
+def test_layers_of_a_wide_and_deep_target_do_not_drown_the_token_it_reads(monkeypatch):
+    sizes = {"hidden_size": 1024, "num_layers": 16, "vocab_size": 2048, "mask_token_id": 0}
+    monkeypatch.setitem(SHAPES, "wide", replace(SHAPES["tiny"], **sizes))
+    target = make_pair("wide", TAU).target
+    with torch.no_grad():
+        logits = target(torch.randint(2048, (1, 64))).logits[0]
+    # Rows of the embedding have length 32, so 1024 is the best that a token alone can reach.
+    assert logits.amax(-1).min() > 0.95 * 1024
+
+
 @pytest.mark.parametrize("tau", [1.0, 3.3, 6.17, 8.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_target_goes_on_as_written_and_every_loop_accepts_as_asked(tau, dtype):
@@ -51,7 +61,7 @@ def test_target_goes_on_as_written_and_every_loop_accepts_as_asked(tau, dtype):
 
 
 def test_acceptance_is_the_same_at_every_position_of_the_block(pair):
-    prompt, text, _ = _text(pair, 2000)
+    prompt, text, _ = _text(pair, 1200)
     pair.target.generate(prompt, max_new_tokens=text.shape[1], do_sample=False, assistant_model=pair.draft)
     rate = acceptance_of(TAU, 7)
     reached = pair.draft.last_stats.rounds
@@ -123,7 +133,9 @@ def test_launches_and_reads_of_one_round_are_counted():
     target = Target(2, 2)
     states = torch.ones(2, 2)
     with torch.no_grad(), counted_rounds(target) as counts:
-        for _ in range(3):
+        target(states)
+        states = (states + 0) * 1  # after the prefill: not counted
+        for _ in range(2):
             target(states)  # 1: the bias is added in the same operation
             added = states + 1  # 2
             torch.empty(3)

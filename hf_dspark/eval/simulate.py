@@ -140,10 +140,8 @@ class _Bench:
             cache.reset()
         _fill(cache, target, self.num_rows, num_read)
         if arm.is_drafting:
-            last_position = torch.full((self.num_rows, 1), num_read - 1, device=self.device)
-            context = DraftContext(draft.new_cache(), target_length=num_read, last_position=last_position)
-            _fill(context.cache, draft, self.num_rows, num_read)
-            draft.contexts[cache] = context
+            draft.contexts[cache] = DraftContext(draft.new_cache(), target_length=num_read)
+            _fill(draft.contexts[cache].cache, draft, self.num_rows, num_read)
         return {CACHE: cache}
 
 
