@@ -136,18 +136,12 @@ def _simulate(args: argparse.Namespace, command: str) -> None:
     """A table and a line of JSON for each setting, as soon as it is measured."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.device(name)
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "float32" if where.type == "cpu" else "bfloat16"
-    dtype = getattr(torch, dtype)
-    rates = measure_rates(where, dtype)
-    pair = make_pair(
-        args.simulate, args.tau, block_size=args.block_size or 7, dtype=dtype, device=where, seed=args.seed
-    )
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(best if args.device == "auto" else args.device)
+    natural = "float32" if where.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, natural if args.dtype == "auto" else args.dtype)
+    models = {"block_size": args.block_size or 7, "dtype": dtype, "device": where, "seed": args.seed}
+    rates, pair = measure_rates(where, dtype), make_pair(args.simulate, args.tau, **models)
     with open(args.json or os.devnull, "w", encoding="utf-8") as file:
         for context, batch_size in itertools.product(args.context or [2048], args.batch_size or [1]):
             result = run_simulation(
