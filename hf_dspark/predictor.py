@@ -1,6 +1,7 @@
 """Rows of a data set in, texts and figures out: what `hf-dspark generate --input` and Ray Data run."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -138,9 +139,11 @@ def _answer(result: GenerationResult) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a NumPy or Arrow column as JSON would have it; NaN, a table's word for nothing, as None."""
+    """A value of a column as JSON has it. Where values are missing, a column of integers is one of floats with NaN."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return None if value != value else value
+    if isinstance(value, float):
+        return None if math.isnan(value) else int(value) if value.is_integer() else value
+    return value
