@@ -266,7 +266,7 @@ def test_a_process_killed_half_way_and_started_again_loses_and_repeats_nothing(r
     output = tmp_path / "killed.jsonl"
     command = file_command(pair, source, output)
     launcher = subprocess.Popen([*TORCHRUN, *command], env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    _wait_for_part(tmp_path, "part-1-of-2", lines=20, launcher=launcher)
+    _wait_for_part(tmp_path, "part-1-of-2", lines=5, launcher=launcher)
     workers = psutil.Process(launcher.pid).children()
     second = next(worker for worker in workers if worker.environ()["RANK"] == "1")
     second.send_signal(signal.SIGKILL)
@@ -274,7 +274,7 @@ def test_a_process_killed_half_way_and_started_again_loses_and_repeats_nothing(r
     assert launcher.returncode != 0
     assert not output.exists()
     kept = {json.loads(line)["index"] for part in tmp_path.iterdir() for line in _whole_lines(part)}
-    assert 20 <= len(kept) < NUM_ROWS
+    assert 5 <= len(kept) < NUM_ROWS
     assert main(command) == 0  # one process now
     assert sorted([*answered, *kept]) == list(range(NUM_ROWS))
     assert output.read_text() == answers.read_text()
