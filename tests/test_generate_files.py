@@ -140,22 +140,19 @@ def test_a_wrong_row_is_an_answer_with_an_error(answer, row, message):
     assert first["error"] is None
 
 
-def test_options_of_the_draft_reach_it(answer):
-    row = {"prompt": "Hello", "max_new_tokens": 8}
-    assert answer(row, options=("--num-assistant-tokens", "0"))[0]["rounds"] == 7
-    assert answer(row, options=("--confidence-threshold", "1"), output="sure.jsonl")[0]["tau"] == 1.0
-
-
-def test_number_of_rows_at_once_reaches_the_queue(answer, monkeypatch):
+def test_options_reach_the_draft_and_the_queue(answer, monkeypatch):
     asked = []
     original = cli_generate.answer_rows
-    monkeypatch.setattr(
-        cli_generate,
-        "answer_rows",
-        lambda *args, **kwargs: asked.append(kwargs["max_rows"]) or original(*args, **kwargs),
-    )
-    answer({"prompt": "Hello"}, options=("--batch-size", "3"))
-    assert asked == [3]
+
+    def answer_rows(target, draft, *args, max_rows, **kwargs):
+        config = draft.generation_config
+        asked.append((config.num_assistant_tokens, config.assistant_confidence_threshold, max_rows, target.dtype))
+        return original(target, draft, *args, max_rows=max_rows, **kwargs)
+
+    monkeypatch.setattr(cli_generate, "answer_rows", answer_rows)
+    options = ("--num-assistant-tokens", "2", "--confidence-threshold", "0.25", "--batch-size", "3")
+    answer({"prompt": "Hello"}, options=(*options, "--dtype", "bfloat16"))
+    assert asked == [(2, 0.25, 3, torch.bfloat16)]
 
 
 @pytest.mark.parametrize(
