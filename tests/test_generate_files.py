@@ -171,35 +171,19 @@ def test_wrong_usage_is_one_message(run, capsys, arguments, message):
 
 
 def _interrupted(run, folder, *kept_lines):
-    """The state a killed run leaves: a part that holds `kept_lines`; returns the command and the part."""
+    """What a killed run leaves: a part with `kept_lines`. Returns the run's command and the part."""
     pair, source, _ = run
-    output = folder / "answers.jsonl"
-    command = file_command(pair, source, output)
-    args = cli_generate_arguments(command)
-    results = cli_generate.ResultFile(output, source, args)
-    with results.part(0, 1):
-        pass
+    command = file_command(pair, source, folder / "answers.jsonl")
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli_generate, "answer_rows", killed)
+        assert main(command) == 130
     (part,) = folder.glob("answers.jsonl.part-0-of-1-*")
     part.write_text("".join("\n" + line for line in kept_lines))
     return command, part
-
-
-def cli_generate_arguments(command):
-    """What the results of `command` depend on, as the command itself finds it out."""
-    found = {}
-
-    class Stop(Exception):
-        pass
-
-    def result_file(output, source, options):
-        found.update(options)
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli_generate, "ResultFile", result_file)
-        with pytest.raises(Stop):
-            main(command)
-    return found
 
 
 @pytest.mark.parametrize("cut", [1, 40, -1])
@@ -237,13 +221,13 @@ def test_finished_output_and_parts_of_another_run_are_not_touched(run, tmp_path,
     assert (tmp_path / "answers.jsonl").read_text() == "kept"
 
 
-def test_a_missing_row_stops_the_merge(run, tmp_path):
+def test_a_row_that_another_process_did_not_write_stops_the_merge(run, tmp_path, monkeypatch, capsys):
     lines = run[2].read_text().splitlines()
-    _, part = _interrupted(run, tmp_path, *lines[:5], *lines[6:])
-    results = cli_generate.ResultFile(tmp_path / "answers.jsonl", run[1], {})
-    results._run = part.name[-12:]
-    with pytest.raises(ValueError, match=r"1 of 200 rows are not in the parts .* \(the first: 5\)"):
-        results.merge(NUM_ROWS)
+    command, part = _interrupted(run, tmp_path, *lines[:5], *lines[6:])
+    monkeypatch.setattr(Processes, "share", lambda self, num_rows: range(5))
+    assert main(command) == 2
+    assert "1 of 200 rows are not in the parts" in (message := capsys.readouterr().err)
+    assert "(the first: 5)" in message
     assert list(tmp_path.iterdir()) == [part]
 
 
@@ -262,12 +246,14 @@ def test_a_process_killed_half_way_and_started_again_loses_and_repeats_nothing(r
     pair, source, answers = run
     output = tmp_path / "killed.jsonl"
     command = file_command(pair, source, output)
-    launcher = subprocess.Popen([*TORCHRUN, *command], env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    _wait_for_part(tmp_path, "part-1-of-2", lines=5, launcher=launcher)
-    workers = psutil.Process(launcher.pid).children()
-    second = next(worker for worker in workers if worker.environ()["RANK"] == "1")
-    second.send_signal(signal.SIGKILL)
-    launcher.communicate(timeout=120)
+    with subprocess.Popen([*TORCHRUN, *command], env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL) as launcher:
+        try:
+            _wait_for_part(tmp_path, "part-1-of-2", lines=5)
+            workers = psutil.Process(launcher.pid).children()
+            next(worker for worker in workers if worker.environ()["RANK"] == "1").send_signal(signal.SIGKILL)
+            launcher.wait(timeout=120)
+        finally:
+            launcher.terminate()
     assert launcher.returncode != 0
     assert not output.exists()
     kept = {json.loads(line)["index"] for part in tmp_path.iterdir() for line in _whole_lines(part)}
@@ -278,13 +264,12 @@ def test_a_process_killed_half_way_and_started_again_loses_and_repeats_nothing(r
     assert list(tmp_path.iterdir()) == [output]
 
 
-def _wait_for_part(folder, name, *, lines, launcher):
-    for _ in range(6000):
+def _wait_for_part(folder, name, *, lines):
+    for _ in range(9000):
         if any(len(_whole_lines(part)) >= lines for part in folder.glob(f"*{name}*")):
             return
-        assert launcher.poll() is None, launcher.communicate()[1][-3000:]
         time.sleep(0.01)
-    raise AssertionError("no part grew within a minute")
+    raise AssertionError("no part grew within a minute and a half")
 
 
 def _whole_lines(part):
