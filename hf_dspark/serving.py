@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .state import GenerationStats
 
+_DEVICE_LOST = getattr(torch, "AcceleratorError", ())  # such as CUDA's device-side assert; since torch 2.8
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -125,6 +127,8 @@ def _run_queue(
     for queued in queue:
         try:
             result = _generate(target, draft, settings, queued, tokenizer)
+        except _DEVICE_LOST:  # nothing can be computed in this process any more: the others have not failed
+            raise
         except Exception as error:
             result = _failure(queued.index, error)
         yield result

@@ -187,21 +187,35 @@ def test_a_wrong_request_fails_alone(serve, kind):
     ]
 
 
-def test_an_exception_while_decoding_fails_alone(serve, target):
-    good = GenerationRequest("hello", max_new_tokens=4)
-    expected = serve(good)[0].token_ids
+@pytest.fixture
+def serve_poisoned(serve, target):
+    """Serve a request whose prompt makes the target raise, between two that do not."""
 
-    def raise_at_poison(module, args, kwargs):
-        if (kwargs["input_ids"] == 3).any():
-            raise RuntimeError("poison")
+    def serve_poisoned(error):
+        def raise_at_poison(module, args, kwargs):
+            if (kwargs["input_ids"] == 3).any():
+                raise error
 
-    hook = target.register_forward_pre_hook(raise_at_poison, with_kwargs=True)
-    try:
-        first, failed, last = serve(good, GenerationRequest([5, 3], max_new_tokens=4), good)
-    finally:
-        hook.remove()
+        good = GenerationRequest("hello", max_new_tokens=4)
+        hook = target.register_forward_pre_hook(raise_at_poison, with_kwargs=True)
+        try:
+            return serve(good, GenerationRequest([5, 3], max_new_tokens=4), good)
+        finally:
+            hook.remove()
+
+    return serve_poisoned
+
+
+def test_an_exception_while_decoding_fails_alone(serve, serve_poisoned):
+    first, failed, last = serve_poisoned(RuntimeError("poison"))
     assert failed.error == "RuntimeError: poison"
-    assert first.token_ids == last.token_ids == expected
+    assert first.token_ids == last.token_ids == serve(GenerationRequest("hello", max_new_tokens=4))[0].token_ids
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch has no error for a lost device")
+def test_a_lost_device_is_no_requests_error(serve_poisoned):
+    with pytest.raises(torch.AcceleratorError, match="device-side assert"):
+        serve_poisoned(torch.AcceleratorError("device-side assert"))
 
 
 @pytest.mark.parametrize(
