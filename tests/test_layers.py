@@ -19,9 +19,10 @@ ROWS = [
     ["comparison", "eval", "cli_options", "convert"],
     ["modeling_dspark"],
     ["door", "generate", "backbone_qwen3", "backbone_gemma4", "backbone_deepseek_v4", "hub", "loading"],
-    ["candidate_generator"],
+    ["candidate_generator", "batch_call"],
+    ["batch"],
     ["draft", "attention_interface"],
-    ["features", "schedule", "verify", "accept", "rollback", "slots", "heads", "checkpoint", "agreement"],
+    ["features", "schedule", "verify", "accept", "rollback", "slots", "heads", "checkpoint", "agreement", "terms"],
     ["configuration_dspark", "sampling", "attention", "dialects_export"],
     ["dialects", "dialects_deepseek_v4", "dequantize", "state", "compat", "dispatch"],
 ]
@@ -36,7 +37,18 @@ MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub"}
 
 # They read tensors after a call, never during a round; the others say at the place why they read.
 OUTSIDE_THE_ROUND = {"state", "comparison", "cli", "calibrate", "doctor", "predictor", "serving"}
-READERS = {"generate", "attention", "agreement", "candidate_generator", "accept", "sampling", "backbone_deepseek_v4"}
+READERS = {
+    "generate",
+    "batch",
+    "batch_call",
+    "terms",
+    "attention",
+    "agreement",
+    "candidate_generator",
+    "accept",
+    "sampling",
+    "backbone_deepseek_v4",
+}
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 FOLDERS = sorted({path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"kernels"})
