@@ -21,8 +21,8 @@ from .features import FeatureTap
 from .sampling import Prefixes
 from .schedule import Schedule
 from .slots import GROWTH, PADDING, SlotCache, draft_slot_masks, move_into_slots, slot_masks, windows_of
-from .state import Choice, Distribution, DraftBlock, RoundRecord
-from .terms import Terms
+from .state import Choice, DecodeState, Distribution, DraftBlock, RoundRecord
+from .terms import Terms, Verdicts
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +31,8 @@ class Row:
 
     index: int  # in the call it belongs to
     terms: Terms  # of that call
-    length: int  # committed columns
+    max_length: int  # columns
+    length: int  # of them committed
     num_slots: int  # committed tokens; the last of them, the anchor, is in no cache yet
     place: int = -1  # in the batch's buffers
     num_emitted: int = 0  # new tokens
@@ -41,7 +42,7 @@ class Row:
     @property
     def room(self) -> int:
         """Tokens that may still be emitted."""
-        return self.terms.max_length - self.length
+        return self.max_length - self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class RowBatch:
         self.lengths, self.paddings, self.shifts, self.starts = columns
         # Features [R, w, m*H] that the draft has not read, and their slots [R, w].
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.fresh: list[tuple[Row, torch.Tensor, torch.Tensor]] = []  # the same of rows that came in behind others
         self._laws: dict[int, list[Distribution | None]] = {}  # of the last block's tokens, by call
         self._calls: dict[int, list[Row]] = {}  # all rows of each call that goes on
 
@@ -122,12 +124,19 @@ class RowBatch:
         self.starts[first:last] = own.min(-1).values
         for place, row in enumerate(rows, first):
             row.place = place
-            self._calls.setdefault(id(row.terms), []).append(row)
+            if not row.terms.rule.is_prefix_free:
+                self._calls.setdefault(id(row.terms), []).append(row)
         self.rows += rows
         if first == 0:
-            self.pending = [(features, own)]
-        else:  # the others would be padded to this prompt's length
-            self._draft(features, own, rows, num_tokens=1)
+            self.pending, self.fresh = [(features, own)], []
+            return
+        num_new = (0, len(rows))
+        self.pending = [
+            (pad(part, (0, 0, 0, 0, *num_new)), pad(places, (0, 0, *num_new), value=PADDING))
+            for part, places in self.pending
+        ]
+        # By themselves, or the features of all other rows would be padded to this prompt's length.
+        self.fresh += zip(rows, features.split(1), own.split(1), strict=True)
 
     def drop(self, finished: list[Row]) -> None:
         """Move ended rows behind the others; they stay as they are until another row takes their place."""
@@ -147,6 +156,7 @@ class RowBatch:
             buffer[: len(order)] = buffer[: len(order)][index]
         kept = index[: len(self.rows)]
         self.pending = [(features[kept.to(features.device)], slots[kept]) for features, slots in self.pending]
+        self.fresh = [part for part in self.fresh if part[0] not in finished]
 
     def take_back(self, rows: list[Row]) -> None:
         """Count dropped rows again, all that ever came in."""
@@ -187,6 +197,9 @@ class RowBatch:
         num_tokens = min(config.block_size, limit, max(row.room for row in self.rows) - 1)
         if num_tokens < 1 or not schedule.should_draft():
             return None
+        for row, *context in self.fresh:
+            self._draft(*context, [row], num_tokens=1)
+        self.fresh = []
         features = torch.cat([part for part, _ in self.pending], dim=1)
         slots = torch.cat([part for _, part in self.pending], dim=1)
         self.pending = []
@@ -220,6 +233,10 @@ class RowBatch:
         tokens, counts, num_accepted, at_eos = self.read(choice, rows)
         finished = [n >= row.room or stop for n, stop, row in zip(counts, at_eos, rows, strict=True)]
         counts = [min(n, row.room) for n, row in zip(counts, rows, strict=True)]
+        for i, row in enumerate(rows):
+            if row.terms.has_other_criteria:
+                counts[i], stops = self._first_stop(row, tokens[i : i + 1, : counts[i]])
+                finished[i] = finished[i] or stops
         return Emission(tokens, counts, num_accepted, finished, choice.scores)
 
     def read(self, choice: Choice, rows: list[Row]) -> tuple[torch.Tensor, list[int], list[int], list[bool]]:
@@ -239,6 +256,12 @@ class RowBatch:
         # The one synchronisation of every round: which rows go on, and where they stand.
         counts, num_accepted, at_eos = figures.tolist()
         return tokens, counts, num_accepted, [bool(stop) for stop in at_eos]
+
+    def _first_stop(self, row: Row, tokens: torch.Tensor) -> tuple[int, bool]:
+        """How many of `tokens` [1, m] come before the criteria of a row's own call stop it, and whether they do."""
+        state = DecodeState(self.ids[row.place : row.place + 1, : row.length], {}, 0)
+        count, stops = Verdicts(row.terms, state).first_stop(tokens, None)
+        return count, any(stops)
 
     def law_of(self, terms: Terms) -> Distribution | None:
         """The law of the last block's tokens in the rows of a call."""
@@ -298,7 +321,7 @@ class RowBatch:
         tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
         for terms, group in _groups(self.rows):
             prefix = None
-            if len(self._calls[id(terms)]) == 1:
+            if not terms.rule.is_prefix_free and len(self._calls[id(terms)]) == 1:
                 row = self.rows[group[0]]
                 prefix = torch.cat([self.ids[row.place, : row.length], drafted_ids[group[0]].to(self.ids.device)])
             part, law = terms.rule.draft_token(logits[group], None if prefix is None else prefix.unsqueeze(0))

@@ -84,7 +84,7 @@ class BatchCall:
     def _admit(self, model_kwargs, cache: Cache, slots: torch.Tensor, tap: FeatureTap, outputs: Any) -> RowBatch:
         counts = (slots[:, -1] + 1).tolist()
         length = self.input_ids.shape[1]
-        self.rows = [Row(i, self.terms, length, count) for i, count in enumerate(counts)]
+        self.rows = [Row(i, self.terms, self.terms.max_length, length, n) for i, n in enumerate(counts)]
         num_slots = max(counts) + self.draft.config.num_block_inputs
         sizes = {"num_rows": len(self.rows), "num_slots": num_slots}
         batch = RowBatch(self.draft, self.target, tap, self.schedule, **sizes)
