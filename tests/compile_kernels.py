@@ -20,6 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hf_dspark.kernels import triton_acceptance as acceptance
+from hf_dspark.kernels import triton_sampling as sampling
+
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -71,7 +74,44 @@ def _run(tool: str, *arguments: str) -> str:
 
 def builds() -> list[Build]:
     """Every kernel in the configurations that are launched."""
-    return []
+    return [*sampling_builds()]
+
+
+def sampling_builds() -> list[Build]:
+    """The sampler and the acceptance of Qwen3 (V = 151,936, rank 256); fp32 weights, and a draft vocabulary."""
+    tiles = {"largest": "*fp32", "masses": "*fp64", "temperature": "fp32"}
+    counts = dict.fromkeys(
+        ("position", "num_rows", "num_tokens", "num_columns", "num_target_columns", "length"), "i32"
+    )
+    unaligned = ("position", "num_rows", "num_tokens", "length")
+    common = tiles | counts | {"base_logits": "*fp32", "draft_logits": "*fp32", "tokens": "*i64"}
+    settings = {
+        "bf16": {"w1": "*bf16", "w2": "*bf16", "token_ids": None, "uniforms": "*fp64", "BLOCK_R": 64},
+        "fp32, greedy": {"w1": "*fp32", "w2": "*fp32", "token_ids": None, "uniforms": None, "BLOCK_R": 32},
+        "bf16, draft vocabulary": {
+            "w1": "*bf16",
+            "w2": "*bf16",
+            "token_ids": "*i64",
+            "uniforms": "*fp64",
+            "BLOCK_R": 64,
+        },
+    }
+    add_bias = {"RANK": 256, "BLOCK_B": sampling.BLOCK_B, "BLOCK_V": sampling.BLOCK_V}
+    choose = {"BLOCK_TILES": 2048, "BLOCK_V": sampling.BLOCK_V}
+    built = []
+    for name, setting in settings.items():
+        arguments = common | setting
+        built += [
+            Build(f"_add_bias, {name}", sampling._add_bias, arguments | add_bias, 4, 3, unaligned),
+            Build(f"_choose, {name}", sampling._choose, arguments | choose, 4, unaligned=unaligned),
+        ]
+    arguments = common | {"target_logits": "*fp32", "target_stride": "i32", "draft_stride": "i32"}
+    arguments |= {"draft_ids": "*i64", "num_accepted": "*i64", "shares": "*fp64", "token_ids": "*i64"}
+    arguments |= {"BLOCK_V": acceptance.BLOCK_V, "BLOCK_TILES": 128}
+    for name, uniforms in (("_summarise", None), ("_decide", "*fp32"), ("_draw", "*fp64")):
+        kernel = getattr(acceptance, name)
+        built.append(Build(name, kernel, arguments | {"uniforms": uniforms}, 8, unaligned=unaligned))
+    return built
 
 
 if __name__ == "__main__":
