@@ -10,8 +10,8 @@ from .rollback import drop_last
 from .sampling import TemperatureSampler
 from .state import Distribution, DraftBlock
 
-# (draft logits [B, V], tokens drafted before [B, k]) -> token ids [B], and the law [B, 1, K] they were drawn from; None:
-# a softmax of the logits at a temperature that the caller knows, or greedy
+# (draft logits [B, V], tokens drafted before [B, k]) -> token ids [B], and the law [B, 1, K] they were drawn from.
+# None is for the likeliest token, or the softmax of the logits at a temperature that the caller knows.
 Sampler = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, Distribution | None]]
 
 

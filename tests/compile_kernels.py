@@ -107,7 +107,7 @@ def sampling_builds() -> list[Build]:
         ]
     arguments = common | {"target_logits": "*fp32", "target_stride": "i32", "draft_stride": "i32"}
     arguments |= {"draft_ids": "*i64", "num_accepted": "*i64", "shares": "*fp64", "token_ids": "*i64"}
-    arguments |= {"BLOCK_V": acceptance.BLOCK_V, "BLOCK_TILES": 128}
+    arguments |= {"BLOCK_V": acceptance.BLOCK_V, "BLOCK_TILES": 128, "BLOCK_LINES": 16, "norms": "*fp32"}
     for name, uniforms in (("_summarise", None), ("_decide", "*fp32"), ("_draw", "*fp64")):
         kernel = getattr(acceptance, name)
         built.append(Build(name, kernel, arguments | {"uniforms": uniforms}, 8, unaligned=unaligned))

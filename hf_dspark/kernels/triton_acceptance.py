@@ -39,19 +39,23 @@ def accept_and_draw(target_logits, draft_ids, draft_logits, uniforms, temperatur
     num_tiles, num_lines = triton.cdiv(num_columns, BLOCK_V), 2 * length + 1
     largest = torch.empty(num_rows, num_lines, num_tiles, device=device)
     masses = torch.empty_like(largest, dtype=torch.float64)
-    shares = torch.empty(num_rows, 2, num_tiles, dtype=torch.float64, device=device)
     num_accepted = draft_ids.new_empty(num_rows)
+    norms = torch.empty(num_rows, 4, device=device)
+    shares = torch.empty(num_rows, 2, num_tiles, dtype=torch.float64, device=device)
     token_ids = draft_ids.new_empty(num_rows, length + 1)
     strides = (target_logits.stride(0), draft_logits.stride(0))
     logits = (target_logits, draft_logits, *strides, float(temperature), length, num_columns)
+    decision = (draft_ids.contiguous(), num_accepted, norms, shares)
     blocks = {"BLOCK_V": BLOCK_V, "num_warps": 8}
-    draft_ids, uniforms = draft_ids.contiguous(), uniforms.contiguous()
+    tiles = {"BLOCK_TILES": triton.next_power_of_2(num_tiles)}
+    # Blocks of up to 15 tokens share one compiled kernel.
+    lines = {"BLOCK_LINES": max(16, triton.next_power_of_2(length + 1))}
     with torch.cuda.device_of(target_logits):
         _summarise[num_tiles, num_lines, num_rows](*logits, largest, masses, **blocks)
-        decision = (largest, masses, draft_ids, num_accepted, shares)
-        block_tiles = triton.next_power_of_2(num_tiles)
-        _decide[num_tiles, num_rows](*logits, *decision, uniforms, BLOCK_TILES=block_tiles, **blocks)
-        _draw[num_rows,](*logits, *decision, next_uniforms, token_ids, BLOCK_TILES=block_tiles, **blocks)
+        _decide[num_tiles, num_rows](
+            *logits, *decision, largest, masses, uniforms.contiguous(), **blocks, **tiles, **lines
+        )
+        _draw[num_rows,](*logits, *decision, next_uniforms, token_ids, **blocks, **tiles)
     return Choice(token_ids, num_accepted, None)
 
 
@@ -91,51 +95,41 @@ def _summarise(
 
 
 @triton.jit
-def _probs_at(logits, columns, num_columns, largest, masses, line, num_tiles, temperature, BLOCK_TILES: tl.constexpr):
-    """Probabilities of some columns of the logits' line that `logits` points to; 0 outside the vocabulary.
-
-    `line` is where the statistics of that line's tiles are.
-    """
+def _norms(largest, masses, lines, is_line, num_tiles, temperature, BLOCK_TILES: tl.constexpr):
+    """Largest logit and sum of exp((logit - largest) / temperature) of each of `lines`, from those of its tiles."""
     tiles = tl.arange(0, BLOCK_TILES)
-    is_tile = tiles < num_tiles
-    tops = tl.load(largest + line * num_tiles + tiles, mask=is_tile, other=-float("inf"))
-    mass = tl.load(masses + line * num_tiles + tiles, mask=is_tile, other=0.0)
-    top = tl.max(tops, 0)
-    total = tl.sum(mass * tl.exp((tops - top) / temperature).to(tl.float64), 0).to(tl.float32)
-    values = tl.load(logits + columns, mask=columns < num_columns, other=-float("inf"))
-    return tl.exp((values - top) / temperature) / total
+    is_used = is_line[:, None] & (tiles < num_tiles)[None, :]
+    places = lines[:, None] * num_tiles + tiles[None, :]
+    tops = tl.load(largest + places, mask=is_used, other=-float("inf"))
+    mass = tl.load(masses + places, mask=is_used, other=0.0)
+    top = tl.where(is_line, tl.max(tops, 1), 0.0)
+    total = tl.sum(mass * tl.exp((tops - top[:, None]) / temperature).to(tl.float64), 1)
+    return top, tl.where(is_line, total.to(tl.float32), 1.0)
 
 
 @triton.jit
-def _laws_behind(
-    target_logits,
-    draft_logits,
-    target_stride,
-    draft_stride,
-    temperature,
-    length,
+def _probs(logits, places, is_used, top, total, temperature):
+    """softmax(logits / temperature) at `places` behind the pointer `logits`; 0 where they are not used."""
+    return tl.exp((tl.load(logits + places, mask=is_used, other=-float("inf")) - top) / temperature) / total
+
+
+@triton.jit
+def _laws_at(
+    target_line,
+    draft_line,
+    columns,
     num_columns,
-    largest,
-    masses,
-    row,
-    kept,
-    tile,
-    num_tiles,
-    BLOCK_V: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
+    num_rejected_columns,  # none after full acceptance
+    temperature,
+    target_top,
+    target_total,
+    draft_top,
+    draft_total,
 ):
-    """A tile of the target's law behind `kept` accepted tokens, and of its residual; the same after full acceptance."""
-    columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    line = row * (2 * length + 1)
-    start = target_logits + row * target_stride + kept * num_columns
-    target_probs = _probs_at(
-        start, columns, num_columns, largest, masses, line + kept, num_tiles, temperature, BLOCK_TILES
-    )
-    rejected = tl.minimum(kept, length - 1)
-    line += length + 1 + rejected
-    start = draft_logits + row * draft_stride + rejected * num_columns
-    used_columns = tl.where(kept < length, num_columns, 0)
-    draft_probs = _probs_at(start, columns, used_columns, largest, masses, line, num_tiles, temperature, BLOCK_TILES)
+    """The target's law at `columns` and its residual, which is the law itself after full acceptance; in fp64."""
+    target_probs = _probs(target_line, columns, columns < num_columns, target_top, target_total, temperature)
+    is_rejected = columns < num_rejected_columns
+    draft_probs = _probs(draft_line, columns, is_rejected, draft_top, draft_total, temperature)
     return target_probs.to(tl.float64), tl.maximum(target_probs - draft_probs, 0.0).to(tl.float64)
 
 
@@ -148,56 +142,60 @@ def _decide(
     temperature,
     length,
     num_columns,
-    largest,
-    masses,
     draft_ids,  # [B, L]
     num_accepted,  # [B]  written
-    shares,  # [B, 2, tiles]  fp64, written: mass of the target's law behind the accepted tokens, and of the residual
+    norms,  # [B, 4]  fp32, written: of the line behind the accepted tokens, largest logit and sum, target and draft
+    shares,  # [B, 2, tiles]  fp64, written: mass of the target's law there, and of the residual
+    largest,
+    masses,
     uniforms,  # [B, L]
     BLOCK_V: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    BLOCK_LINES: tl.constexpr,
 ):
     """All programs of a row come to the same decision; each weighs one tile of the laws that it leads to."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_tiles = tl.num_programs(0)
-    line = row * (2 * length + 1)
-    kept = 0
-    goes_on = 1
-    for k in range(length):
-        token = tl.load(draft_ids + row * length + k)
-        start = target_logits + row * target_stride + k * num_columns
-        target_prob = _probs_at(
-            start, token, num_columns, largest, masses, line + k, num_tiles, temperature, BLOCK_TILES
-        )
-        start = draft_logits + row * draft_stride + k * num_columns
-        draft_line = line + length + 1 + k
-        draft_prob = _probs_at(
-            start, token, num_columns, largest, masses, draft_line, num_tiles, temperature, BLOCK_TILES
-        )
-        is_kept = tl.load(uniforms + row * length + k) * draft_prob < target_prob
-        goes_on = goes_on * is_kept.to(tl.int32)
-        kept += goes_on
-    target_probs, residual = _laws_behind(
-        target_logits,
-        draft_logits,
-        target_stride,
-        draft_stride,
-        temperature,
-        length,
+    k = tl.arange(0, BLOCK_LINES)
+    is_drafted = k < length
+    line = row * (2 * length + 1) + k
+    target_tops, target_totals = _norms(largest, masses, line, k <= length, num_tiles, temperature, BLOCK_TILES)
+    line += length + 1
+    draft_tops, draft_totals = _norms(largest, masses, line, is_drafted, num_tiles, temperature, BLOCK_TILES)
+    target_logits += row * target_stride
+    draft_logits += row * draft_stride
+    places = k * num_columns + tl.load(draft_ids + row * length + k, mask=is_drafted, other=0)
+    target_probs = _probs(target_logits, places, is_drafted, target_tops, target_totals, temperature)
+    draft_probs = _probs(draft_logits, places, is_drafted, draft_tops, draft_totals, temperature)
+    bounds = tl.load(uniforms + row * length + k, mask=is_drafted, other=0.0) * draft_probs
+    kept = tl.min(tl.where(is_drafted & (bounds < target_probs), BLOCK_LINES, k), 0)
+    is_here = k == kept
+    target_top = tl.sum(tl.where(is_here, target_tops, 0.0), 0)
+    target_total = tl.sum(tl.where(is_here, target_totals, 0.0), 0)
+    draft_top = tl.sum(tl.where(is_here, draft_tops, 0.0), 0)
+    draft_total = tl.sum(tl.where(is_here, draft_totals, 0.0), 0)
+    target_mass, residual = _laws_at(
+        target_logits + kept * num_columns,
+        draft_logits + kept * num_columns,
+        tile * BLOCK_V + tl.arange(0, BLOCK_V),
         num_columns,
-        largest,
-        masses,
-        row,
-        kept,
-        tile,
-        num_tiles,
-        BLOCK_V,
-        BLOCK_TILES,
+        tl.where(kept < length, num_columns, 0),
+        temperature,
+        target_top,
+        target_total,
+        draft_top,
+        draft_total,
     )
-    tl.store(shares + row * 2 * num_tiles + tile, tl.sum(target_probs, 0))
-    tl.store(shares + (row * 2 + 1) * num_tiles + tile, tl.sum(residual, 0))
+    shares += row * 2 * num_tiles + tile
+    tl.store(shares, tl.sum(target_mass, 0))
+    tl.store(shares + num_tiles, tl.sum(residual, 0))
     if tile == 0:
+        norms += row * 4
         tl.store(num_accepted + row, kept)
+        tl.store(norms, target_top)
+        tl.store(norms + 1, target_total)
+        tl.store(norms + 2, draft_top)
+        tl.store(norms + 3, draft_total)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -209,10 +207,9 @@ def _draw(
     temperature,
     length,
     num_columns,
-    largest,
-    masses,
     draft_ids,
     num_accepted,
+    norms,
     shares,
     uniforms,  # [B]  fp64
     token_ids,  # [B, L+1]  written
@@ -224,31 +221,28 @@ def _draw(
     num_tiles = tl.cdiv(num_columns, BLOCK_V)
     tiles = tl.arange(0, BLOCK_TILES)
     is_tile = tiles < num_tiles
-    kept = tl.load(num_accepted + row).to(tl.int32)
-    target_mass = tl.load(shares + row * 2 * num_tiles + tiles, mask=is_tile, other=0.0)
-    residual_mass = tl.load(shares + (row * 2 + 1) * num_tiles + tiles, mask=is_tile, other=0.0)
+    kept = tl.load(num_accepted + row)
+    shares += row * 2 * num_tiles + tiles
+    target_mass = tl.load(shares, mask=is_tile, other=0.0)
+    residual_mass = tl.load(shares + num_tiles, mask=is_tile, other=0.0)
     has_residual = tl.sum(residual_mass, 0) > 0
     mass = tl.where(has_residual, residual_mass, target_mass)
     share = tl.load(uniforms + row) * tl.sum(mass, 0)
     tile, before = find_share(mass, share, BLOCK_TILES)
-    target_probs, residual = _laws_behind(
-        target_logits,
-        draft_logits,
-        target_stride,
-        draft_stride,
-        temperature,
-        length,
+    norms += row * 4
+    target_mass, residual = _laws_at(
+        target_logits + row * target_stride + kept * num_columns,
+        draft_logits + row * draft_stride + kept * num_columns,
+        tile * BLOCK_V + tl.arange(0, BLOCK_V),
         num_columns,
-        largest,
-        masses,
-        row,
-        kept,
-        tile,
-        num_tiles,
-        BLOCK_V,
-        BLOCK_TILES,
+        tl.where(kept < length, num_columns, 0),
+        temperature,
+        tl.load(norms),
+        tl.load(norms + 1),
+        tl.load(norms + 2),
+        tl.load(norms + 3),
     )
-    column, _ = find_share(tl.where(has_residual, residual, target_probs), share - before, BLOCK_V)
+    column, _ = find_share(tl.where(has_residual, residual, target_mass), share - before, BLOCK_V)
     next_id = (tile * BLOCK_V + column).to(tl.int64)
     for k in range(length + 1):
         drafted = tl.load(draft_ids + row * length + k, mask=k < length, other=0)

@@ -1,4 +1,4 @@
-"""Where a share of a mass falls: drawing from unnormalised probabilities by one uniform number, as `sampling.search`."""
+"""Where a share of a mass falls: drawing by one uniform number, as `sampling.search` does."""
 
 import triton
 import triton.language as tl
