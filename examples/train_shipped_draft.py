@@ -51,24 +51,23 @@ def take_over_answers(first_stage: Path, folder: Path) -> None:
             shutil.copy(file, folder / file.name)
 
 
-def config(folder: Path, warm_start: str | None, steps: int | None) -> TrainConfig:
-    first = {"steps": steps or 1000, "learning_rate": 5e-3, "draft_vocab_size": 12288, "layers": 2}
-    second = {"steps": steps or 500, "learning_rate": 3e-3, "warm_start": warm_start, "answers_per_prompt": 2}
+def config(folder: Path, warm_start: str | None, **given) -> TrainConfig:
+    always = {"batch_size": 16, "eval_every": 100, "save_every": 100, "max_new_tokens": 192, "max_length": 640}
+    first = {"steps": 1000, "learning_rate": 5e-3, "draft_vocab_size": 12288, "layers": 2}
+    second = {"steps": 500, "learning_rate": 3e-3, "warm_start": warm_start, "answers_per_prompt": 2}
     temperature = 0.6 if warm_start is None else 0.3
+    on_cpu = {"feature_cache": True}
+    on_gpu = {"micro_batch_size": 16, "num_anchors": 192, "chunk_rows": 4096, "answer_batch_size": 512}
+    stage = first if warm_start is None else second
+    settings = always | stage | (on_gpu if torch.cuda.is_available() else on_cpu) | given
     return TrainConfig(
         target=str(demo_target_folder()),
         prompts=[str(file) for file in sorted((folder / "train").glob("*.jsonl"))],
         exclude=[str(file) for file in sorted((folder / "held_out").glob("*.jsonl"))],
         output=str(folder / "draft"),
-        batch_size=16,
-        eval_every=100,
-        save_every=100,
-        max_new_tokens=192,
-        max_length=640,
         generation={"do_sample": True, "temperature": temperature, "top_k": 0},
-        feature_cache=True,
         seed=20261125,
-        **(first if warm_start is None else second),
+        **settings,
     )
 
 
@@ -77,16 +76,18 @@ def main() -> None:
     parser.add_argument("--eval-data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--warm-start")
-    parser.add_argument("--steps", type=int)
-    args = parser.parse_args()
+    for name in ("steps", "layers", "batch_size", "answers_per_prompt"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
+    given = vars(parser.parse_args())
+    eval_data, output, warm_start = (given.pop(name) for name in ("eval_data", "output", "warm_start"))
     torch.set_num_threads(1)
     processes = PartialState(cpu=not torch.cuda.is_available())
     if processes.is_main_process:
-        write_prompts(args.eval_data, args.output)
-        if args.warm_start:
-            take_over_answers(Path(args.warm_start), args.output / "draft")
+        write_prompts(eval_data, output)
+        if warm_start:
+            take_over_answers(Path(warm_start), output / "draft")
     processes.wait_for_everyone()
-    train(config(args.output, args.warm_start, args.steps))
+    train(config(output, warm_start, **given))
 
 
 if __name__ == "__main__":

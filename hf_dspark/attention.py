@@ -1,6 +1,167 @@
-"""Which keys the positions of a draft's block see. Keys lie in the order of their positions, the block last."""
+"""Attention over a block: what its positions see, and how it is computed.
+
+`block_attention` has three levels, the best that fits is taken: 1. grouped queries packed into rows, on any device;
+2. torch's flash attention, on CUDA; 3. its Triton twin. `attention_interface.py` leads models to it.
+"""
+
+from contextlib import nullcontext
 
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .dispatch import note, with_kernel
+
+_HALF = (torch.float16, torch.bfloat16)
+_flash_forward = torch.ops.aten._flash_attention_forward
+
+
+@with_kernel
+def block_attention(
+    query: torch.Tensor,  # [B, H, L, D]
+    key: torch.Tensor,  # [B, Hkv, S, D]  in the order of their positions, the block's last
+    value: torch.Tensor,  # [B, Hkv, S, Dv]
+    *,
+    scaling: float,
+    is_causal: bool,
+    lengths: torch.Tensor | None = None,  # [B]  keys of each row, the block's included; None: S
+    mask: torch.Tensor | None = None,  # [B or 1, H or 1, L, S]  True where seen, or additive
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]  logit of one more key, whose value is zero
+) -> torch.Tensor:
+    """Attention [B, H, L, Dv] of L queries to the keys before them and to each other.
+
+    Query l of a row of n keys stands at position p = n - L + l. It sees key j where j < n, j <= p if `is_causal`, and
+    j > p - `window`; slots from n on may hold anything. A `mask` says what is seen instead of all these.
+    """
+    if query.is_cuda:
+        reason = why_not_flash(query, key, value, mask=mask, softcap=softcap, sinks=sinks)
+        if reason is None:
+            note("block_attention", "flash")
+            return _flash(query, key, value, lengths, scaling=scaling, is_causal=is_causal, window=window)
+        note("block_attention", f"not flash: {reason}")
+    note("block_attention", "packed queries")
+    settings = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+    if lengths is not None and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        settings |= {"is_causal": is_causal, "window": window}
+        rows = [  # each with its own keys alone; reading the lengths waits for nothing here
+            block_attention.__wrapped__(query[[b]], key[b : b + 1, :, :n], value[b : b + 1, :, :n], **settings)
+            for b, n in enumerate(lengths.tolist())
+        ]
+        return torch.cat(rows)
+    if lengths is not None:
+        is_own = (torch.arange(key.shape[2], device=key.device) < lengths.view(-1, 1))[:, None, :, None]
+        key, value = (states.masked_fill(~is_own, 0) for states in (key, value))  # zero times NaN is not zero
+    if mask is None:
+        mask = visible_keys(query, key, lengths, is_causal=is_causal, window=window)
+    return _packed(query, key, value, mask, **settings)
+
+
+def visible_keys(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    *,
+    is_causal: bool,
+    window: int | None = None,
+) -> torch.Tensor | None:
+    """What `block_attention` says is seen, as a mask [B or 1, 1, L, S]; None where everything is."""
+    num_rows, num_keys, device = query.shape[2], key.shape[2], key.device
+    if lengths is None and not (is_causal and num_rows > 1) and (window is None or num_keys <= window):
+        return None
+    end = num_keys if lengths is None else lengths.view(-1, 1, 1, 1)
+    columns = torch.arange(num_keys, device=device)
+    positions = end - num_rows + torch.arange(num_rows, device=device).view(1, 1, -1, 1)
+    seen = columns < end
+    if is_causal:
+        seen = seen & (columns <= positions)
+    if window is not None:
+        seen = seen & (columns > positions - window)
+    return seen.expand(-1, 1, num_rows, -1)
+
+
+def _packed(query, key, value, mask, *, scaling: float, softcap: float | None, sinks: torch.Tensor | None):
+    """Level 1: the queries that share a key are rows of one matrix, so keys and values are not repeated."""
+    batch_size, num_heads, num_rows, head_dim = query.shape
+    num_key_heads = key.shape[1]
+    group = num_heads // num_key_heads
+    rows = query.reshape(batch_size, num_key_heads, group * num_rows, head_dim)
+    if mask is not None and mask.shape[1] == 1:
+        mask = mask.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3)
+    elif mask is not None:
+        mask = mask.reshape(-1, num_key_heads, group * num_rows, mask.shape[-1])
+    backends = None if not query.is_cuda else cuda_backends(query.dtype, head_dim, value.shape[-1])
+    if softcap is None and sinks is None and backends != []:
+        with nullcontext() if backends is None else sdpa_kernel(backends):
+            output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    else:
+        sinks = None if sinks is None else sinks.view(1, num_key_heads, group, 1).repeat_interleave(num_rows, 2)
+        output = _attend(rows, key, value, mask, scaling=scaling, softcap=softcap, sinks=sinks)
+    return output.reshape(batch_size, num_heads, num_rows, -1)
+
+
+def _attend(query, key, value, mask, *, scaling: float, softcap: float | None, sinks: torch.Tensor | None):
+    """Attention as it is defined, with what torch's own has not; `sinks` is [1, heads, rows, 1]."""
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        hidden = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
+    if sinks is None:
+        probs = scores.softmax(-1)
+    else:
+        sinks = sinks.float().expand(scores.shape[0], -1, -1, -1)
+        probs = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    return probs.to(value.dtype) @ value
+
+
+def cuda_backends(dtype: torch.dtype, head_dim: int, value_dim: int) -> list[SDPBackend]:
+    """What torch's sdpa may use on CUDA; empty where none of it serves.
+
+    Never its math backend, which repeats and upcasts; never cuDNN, which plans for every new number of keys.
+    """
+    widths = {size * dtype.itemsize % 16 for size in (head_dim, value_dim)}
+    if dtype not in (*_HALF, torch.float32) or widths != {0}:
+        return []
+    return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+
+
+def why_not_flash(query, key, value, *, mask, softcap, sinks) -> str | None:
+    """Why torch's flash attention cannot serve; None where it can."""
+    head_dim = query.shape[-1]
+    is_old = query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0)
+    reasons = {
+        "it is not in this build of torch": query.is_cuda and not torch.backends.cuda.is_flash_attention_available(),
+        "the GPU is too old": is_old or torch.version.hip is not None,
+        "a mask is given": mask is not None,
+        "it is soft-capped": softcap is not None,
+        "it has sinks": sinks is not None,
+        f"it is in {query.dtype}": query.dtype not in _HALF,
+        f"head size {head_dim}": head_dim % 8 != 0 or head_dim > 256 or value.shape[-1] != head_dim,
+    }
+    return next((reason for reason, is_met in reasons.items() if is_met), None)
+
+
+def _flash(query, key, value, lengths, *, scaling: float, is_causal: bool, window: int | None) -> torch.Tensor:
+    """Level 2: torch's flash attention, whose causal mask ends at the lower right; it knows groups of queries."""
+    batch_size, num_heads, num_rows, head_dim = query.shape
+    num_key_heads, num_keys = key.shape[1], key.shape[2]
+    settings = {"scale": scaling, "window_size_left": None if window is None else window - 1}
+    if lengths is None:
+        states = (states.transpose(1, 2) for states in (query, key, value))
+        output = _flash_forward(*states, None, None, num_rows, num_keys, 0.0, is_causal, False, **settings)[0]
+        return output.transpose(1, 2)
+    # Every head of keys is a sequence of its own: so lie the keys in memory, and nothing is copied.
+    num_sequences, group = batch_size * num_key_heads, num_heads // num_key_heads
+    starts = torch.arange(num_sequences + 1, dtype=torch.int32, device=query.device)
+    grouped = query.reshape(num_sequences, group, num_rows, head_dim).transpose(1, 2).reshape(-1, group, head_dim)
+    keys, values = (states.reshape(-1, 1, head_dim) for states in (key, value))
+    used = lengths.to(torch.int32).repeat_interleave(num_key_heads)
+    lengths_of = (starts * num_rows, starts * num_keys, num_rows, num_keys)
+    output = _flash_forward(grouped, keys, values, *lengths_of, 0.0, is_causal, False, **settings, seqused_k=used)[0]
+    return output.view(-1, num_rows, group, head_dim).transpose(1, 2).reshape(query.shape)
 
 
 def draft_masks(

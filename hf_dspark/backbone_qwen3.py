@@ -5,7 +5,6 @@ from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as attention_with_sinks
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3MLP,
@@ -15,6 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
 )
 
+from .attention_interface import dspark_attention
 from .configuration_dspark import DSparkConfig
 
 
@@ -50,14 +50,12 @@ class DraftAttention(Qwen3Attention):
         key, _ = apply_rotary_pos_emb(key, key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if self.config.attention_sinks:
-            attend = attention_with_sinks
-            if attention_mask is not None:
-                attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
-                    ~attention_mask, torch.finfo(query.dtype).min
-                )
-        output, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, is_causal=False)
+        settings = {"dropout": 0.0, "scaling": self.scaling, "is_causal": False}
+        if self.config.attention_sinks:  # which most others leave out
+            attend, settings["s_aux"] = dspark_attention, self.sinks
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(self, query, key, value, attention_mask, **settings)
         return self.o_proj(output.reshape(batch_size, block_size, -1))
 
 

@@ -30,6 +30,7 @@ def add_commands(commands) -> None:
     add("--exclude", nargs="*", default=[], help="prompt files that must not be trained on, such as a benchmark's")
     option("steps", "optimizer steps", type=int)
     option("batch_size", "sequences in a step, over all processes", type=int)
+    option("micro_batch_size", "sequences of a process in one forward; a GPU idles with less than about 8", type=int)
     option("layers", "decoder layers of the draft", type=int)
     option("block_size", "tokens drafted at once", type=int)
     option("markov_rank", "rank of the sequential head; 0 is a draft without one", type=int)

@@ -117,7 +117,8 @@ def examine(
         if _mean(taus[0]) - 1 > _HARDLY * (_mean(base) - 1):
             variants.append(_variant(name, f"encode prompts {name}", *taus))
     variants.sort(key=lambda variant: variant.tau_as_is - variant.tau)
-    return Diagnosis(_facts(draft, target), tuple(comparisons), _mean(base), tuple(variants))
+    facts = _facts(draft, target) | comparisons[0].stats.kernels
+    return Diagnosis(facts, tuple(comparisons), _mean(base), tuple(variants))
 
 
 def _facts(draft: DSparkDraftModel, target: PreTrainedModel) -> dict[str, str]:
@@ -196,8 +197,8 @@ def _taus(draft: DSparkDraftModel, target: PreTrainedModel, samples: Sequence[Sa
     frozen = FrozenTarget(target, draft.config.target_layer_ids, draft.draft_token_ids)
     step, taus = TrainingStep(draft, frozen), []
     for sample in samples:
-        anchors = sample_anchors(sample, _NUM_ANCHORS, torch.Generator().manual_seed(0))
-        blocks = blocks_of_draft(draft.config, sample, anchors, position_decay=4.0).to(target.device)
+        anchors = sample_anchors(sample, _NUM_ANCHORS, torch.Generator().manual_seed(0)).to(target.device)
+        blocks = blocks_of_draft(draft.config, sample, anchors, position_decay=4.0)
         _, outcomes = step(frozen.read(sample.input_ids), blocks)
         supervised = blocks.weights > 0
         overlap = torch.zeros(supervised.shape, device=supervised.device)

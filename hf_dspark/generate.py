@@ -16,8 +16,10 @@ from transformers.utils import ModelOutput, logging
 
 from .accept import choose_tokens
 from .agreement import Agreement
+from .attention_interface import block_attention_on
 from .candidate_generator import DSparkCandidateGenerator, context_of, in_transformers_loop
 from .compat import CACHE
+from .dispatch import load_kernels, report
 from .features import FeatureTap
 from .rollback import MAX_PENDING, Rewinder, recording_past, why_not_reversible
 from .sampling import SamplingRule
@@ -99,6 +101,7 @@ class _Call:
         self.watch = _Stopwatch(target.device)
         self.agreement = Agreement(target)
         self.schedule.reset()
+        load_kernels()
 
     def run(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
         """Our loop."""
@@ -117,7 +120,7 @@ class _Call:
                     is_first_iteration=not self.config.is_assistant,
                 )
             self._check_cache(cache)
-            with recording_past(cache):
+            with recording_past(cache), self._block_attention(model_kwargs):
                 rewinder = Rewinder(cache)
                 try:
                     self._first_token(state, candidates, outputs, streamer)
@@ -266,9 +269,14 @@ class _Call:
             context=context,
         )
 
+    def _block_attention(self, model_kwargs: dict[str, Any]):
+        """For the rounds alone: the prompt is read as plain generate() reads it."""
+        mask, shown = model_kwargs.get("attention_mask"), bool(self.config.output_attentions)
+        return block_attention_on(self.target, self.draft, attention_mask=mask, output_attentions=shown)
+
     def _record(self, rounds: list[RoundRecord], sequences: torch.Tensor) -> GenerationStats:
         tokens = sequences.shape[1] - self.input_ids.shape[1]
-        self.draft.last_stats = GenerationStats.from_rounds(rounds, tokens, self.watch.seconds())
+        self.draft.last_stats = GenerationStats.from_rounds(rounds, tokens, self.watch.seconds(), report())
         return self.draft.last_stats
 
     def _check_cache(self, cache: Cache | None, *, before_prefill: bool = False) -> None:

@@ -159,9 +159,16 @@ class GenerationStats:
     verify_seconds: float | None
     rest_seconds: float | None
     tokens_per_second: float  # over the whole call, prefill included
+    kernels: dict[str, str] = field(default_factory=dict)  # function -> what ran for it, and why nothing better did
 
     @classmethod
-    def from_rounds(cls, rounds: Sequence[RoundRecord], tokens: int, seconds: dict[str, float]) -> GenerationStats:
+    def from_rounds(
+        cls,
+        rounds: Sequence[RoundRecord],
+        tokens: int,
+        seconds: dict[str, float],
+        kernels: dict[str, str] | None = None,
+    ) -> GenerationStats:
         emitted = sum(r.accepted_length for r in rounds)
         verified = sum(r.verify_length for r in rounds)
         conditional, survival = [], []
@@ -185,6 +192,7 @@ class GenerationStats:
             verify_seconds=parts[2],
             rest_seconds=total - sum(parts) if None not in parts else None,
             tokens_per_second=tokens / total if total > 0 else float("nan"),
+            kernels=kernels or {},
         )
 
 

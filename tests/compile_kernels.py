@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_dspark.kernels import triton_acceptance as acceptance
+from hf_dspark.kernels import triton_attention as attention
 from hf_dspark.kernels import triton_sampling as sampling
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -33,9 +34,7 @@ class Build:
     name: str
     kernel: triton.JITFunction
     arguments: dict
-    num_warps: int = 4
-    num_stages: int = 2
-    unaligned: tuple[str, ...] = field(default=())  # integers that 16 does not divide; pointers are aligned
+    options: dict  # of the launch
 
     def figures(self, capability: int) -> dict:
         """Registers a thread, spilled words, bytes of shared memory and of stack."""
@@ -46,11 +45,10 @@ class Build:
             signature[name] = value if is_type else "constexpr"
             if not is_type:
                 constants[index,] = value
-            elif name not in self.unaligned and not value.startswith("fp"):
+            elif value.startswith("*") or (value == "i32" and name not in self.kernel.do_not_specialize):
                 attributes[index,] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
         return {"kernel": self.name, "shared": built.metadata.shared, **_read(built.asm["cubin"])}
 
 
@@ -62,7 +60,10 @@ def _read(cubin: bytes) -> dict[str, int]:
         code = _run("nvdisasm", "-c", file.name)
     numbers = {key: int(re.search(rf"{word}:(\d+)", usage)[1]) for key, word in _USAGE.items()}
     # Spilled words are written to the stack and read back.
-    return numbers | {"spills": len(re.findall(r"\bSTL\b", code)), "tensor_cores": len(re.findall(r"\b\w*MMA", code))}
+    return numbers | {
+        "spills": len(re.findall(r"\bSTL\b", code)),
+        "tensor_cores": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)),
+    }
 
 
 _USAGE = {"registers": "REG", "stack": "STACK"}
@@ -72,46 +73,76 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def _attention(name: str, head_dim: int, dtype: str = "bf16", **flags) -> Build:
+    size = 4 if dtype == "fp32" else 2
+    arguments = dict.fromkeys(attention.split_attention_kernel.arg_names, "i32")
+    arguments |= dict.fromkeys(("query", "key", "value"), f"*{dtype}")
+    arguments |= {"lengths": "*i32", "partial": "*fp32", "statistics": "*fp32", "scaling": "fp32", "softcap": "fp32"}
+    arguments |= {"NUM_KEY_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "IS_CAUSAL": True, "HAS_LENGTHS": True}
+    arguments |= {"HAS_WINDOW": False, "HAS_SOFTCAP": False}
+    arguments |= attention.block_sizes(head_dim, size) | flags
+    return Build(f"attention {name}", attention.split_attention_kernel, arguments, attention.options(head_dim, size))
+
+
+def _merge(head_dim: int) -> Build:
+    arguments = dict.fromkeys(("num_splits", "num_rows"), "i32")
+    arguments |= {"partial": "*fp32", "statistics": "*fp32", "sinks": "*bf16", "output": "*bf16"}
+    arguments |= {"NUM_HEADS": 32, "HEAD_DIM": head_dim, "HAS_SINKS": True}
+    return Build(
+        f"merge of splits, {head_dim}", attention.merge_splits_kernel, arguments, attention.options(head_dim, 2)
+    )
+
+
+def _sampler(name: str, dtype: str = "bf16", token_ids: str | None = None, uniforms: str | None = "*fp64"):
+    """Both kernels for a vocabulary of 151,936 tokens and rank 256."""
+    arguments = dict.fromkeys(sampling.add_bias_kernel.arg_names, "i32")
+    arguments |= {"base_logits": "*fp32", "w1": f"*{dtype}", "w2": f"*{dtype}", "draft_logits": "*fp32"}
+    arguments |= {
+        "token_ids": token_ids,
+        "largest": "*fp32",
+        "masses": "*fp64",
+        "tokens": "*i64",
+        "uniforms": uniforms,
+    }
+    arguments |= {"temperature": "fp32", "RANK": 256, "BLOCK_TILES": 2048, "BLOCK_B": sampling.BLOCK_B}
+    arguments |= {"BLOCK_V": sampling.BLOCK_V, "BLOCK_R": sampling.BLOCK_BYTES // (4 if dtype == "fp32" else 2)}
+    for kernel in (sampling.add_bias_kernel, sampling.choose_kernel):
+        yield Build(f"{kernel.fn.__name__} {name}", kernel, arguments, sampling.OPTIONS)
+
+
+def _acceptance():
+    """The three kernels for the same vocabulary."""
+    arguments = dict.fromkeys(("target_stride", "draft_stride", "length", "num_columns"), "i32")
+    arguments |= dict.fromkeys(("target_logits", "draft_logits", "norms", "largest"), "*fp32")
+    arguments |= {"temperature": "fp32", "masses": "*fp64", "shares": "*fp64", "uniforms": "*fp64"}
+    arguments |= dict.fromkeys(("draft_ids", "num_accepted", "token_ids"), "*i64")
+    arguments |= {"BLOCK_V": acceptance.BLOCK_V, "BLOCK_TILES": 128, "BLOCK_LINES": 16}
+    decide = arguments | {"uniforms": "*fp32"}
+    yield Build("summarise_kernel", acceptance.summarise_kernel, arguments, acceptance.OPTIONS)
+    yield Build("decide_kernel", acceptance.decide_kernel, decide, acceptance.OPTIONS)
+    yield Build("draw_kernel", acceptance.draw_kernel, arguments, acceptance.OPTIONS)
+
+
 def builds() -> list[Build]:
     """Every kernel in the configurations that are launched."""
-    return [*sampling_builds()]
-
-
-def sampling_builds() -> list[Build]:
-    """The sampler and the acceptance of Qwen3 (V = 151,936, rank 256); fp32 weights, and a draft vocabulary."""
-    tiles = {"largest": "*fp32", "masses": "*fp64", "temperature": "fp32"}
-    counts = dict.fromkeys(
-        ("position", "num_rows", "num_tokens", "num_columns", "num_target_columns", "length"), "i32"
-    )
-    unaligned = ("position", "num_rows", "num_tokens", "length")
-    common = tiles | counts | {"base_logits": "*fp32", "draft_logits": "*fp32", "tokens": "*i64"}
-    settings = {
-        "bf16": {"w1": "*bf16", "w2": "*bf16", "token_ids": None, "uniforms": "*fp64", "BLOCK_R": 64},
-        "fp32, greedy": {"w1": "*fp32", "w2": "*fp32", "token_ids": None, "uniforms": None, "BLOCK_R": 32},
-        "bf16, draft vocabulary": {
-            "w1": "*bf16",
-            "w2": "*bf16",
-            "token_ids": "*i64",
-            "uniforms": "*fp64",
-            "BLOCK_R": 64,
-        },
-    }
-    add_bias = {"RANK": 256, "BLOCK_B": sampling.BLOCK_B, "BLOCK_V": sampling.BLOCK_V}
-    choose = {"BLOCK_TILES": 2048, "BLOCK_V": sampling.BLOCK_V}
-    built = []
-    for name, setting in settings.items():
-        arguments = common | setting
-        built += [
-            Build(f"_add_bias, {name}", sampling._add_bias, arguments | add_bias, 4, 3, unaligned),
-            Build(f"_choose, {name}", sampling._choose, arguments | choose, 4, unaligned=unaligned),
-        ]
-    arguments = common | {"target_logits": "*fp32", "target_stride": "i32", "draft_stride": "i32"}
-    arguments |= {"draft_ids": "*i64", "num_accepted": "*i64", "shares": "*fp64", "token_ids": "*i64"}
-    arguments |= {"BLOCK_V": acceptance.BLOCK_V, "BLOCK_TILES": 128, "BLOCK_LINES": 16, "norms": "*fp32"}
-    for name, uniforms in (("_summarise", None), ("_decide", "*fp32"), ("_draw", "*fp64")):
-        kernel = getattr(acceptance, name)
-        built.append(Build(name, kernel, arguments | {"uniforms": uniforms}, 8, unaligned=unaligned))
-    return built
+    return [
+        _attention("64", 64),
+        _attention("128", 128),
+        _attention("256", 256),
+        _attention("128, group of 5", 128, GROUP=5),
+        _attention("128, bidirectional", 128, IS_CAUSAL=False, HAS_LENGTHS=False, lengths=None),
+        _attention("64, window", 64, GROUP=8, HAS_WINDOW=True),
+        _attention("256, window, soft-cap", 256, GROUP=2, HAS_WINDOW=True, HAS_SOFTCAP=True),
+        _attention("128, fp16", 128, "fp16"),
+        _attention("128, fp32", 128, "fp32"),
+        _attention("256, fp32", 256, "fp32"),
+        _merge(128),
+        _merge(256),
+        *_sampler("bf16"),
+        *_sampler("bf16, draft vocabulary", token_ids="*i64"),
+        *_sampler("fp32, greedy", "fp32", uniforms=None),
+        *_acceptance(),
+    ]
 
 
 if __name__ == "__main__":

@@ -179,14 +179,15 @@ def test_acceptance_keeps_as_many_tokens_and_draws_the_same_next_one_as_the_plai
 @on_devices
 def test_acceptance_takes_three_launches(device, monkeypatch):
     launched = []
-    for name in ("_summarise", "_decide", "_draw"):
+    names = ["summarise_kernel", "decide_kernel", "draw_kernel"]
+    for name in names:
         kernel = getattr(kernels.triton_acceptance, name)
         run = kernel.run
         monkeypatch.setattr(
             kernel, "run", lambda *a, _run=run, _name=name, **k: launched.append(_name) or _run(*a, **k)
         )
     kernels.accept_and_draw(*_laws_of(Verified(24, 4, 1), device), 1.0, None)
-    assert launched == ["_summarise", "_decide", "_draw"]
+    assert launched == names
 
 
 @on_devices

@@ -153,6 +153,13 @@ def test_gradient_checkpointing_changes_no_weight(config):
         torch.testing.assert_close(weight, plainly[name])
 
 
+def test_micro_batches_end_in_the_weights_of_single_sequences(config):
+    plainly = _weights(train(config("plain", steps=3, batch_size=4)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name, weight in _weights(train(config("three", steps=3, batch_size=4, micro_batch_size=3))).items():
+        torch.testing.assert_close(weight, plainly[name], rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("trainable", "heads"), [("heads", ("markov_head", "confidence_head")), ("confidence", "confidence_head")]
 )

@@ -9,11 +9,11 @@ from tiny import ScriptedDraft, make_tiny_draft, make_tiny_target, plain, random
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dspark.draft import draft_block
-from hf_dspark.train.anchors import build_blocks, sample_anchors
+from hf_dspark.train.anchors import build_blocks, sample_anchors, stack_blocks
 from hf_dspark.train.answers import Sample
 from hf_dspark.train.loss import CHUNK_BYTES, CONFIDENCE_WEIGHT, _rows
 from hf_dspark.train.step import TrainingStep
-from hf_dspark.train.target import FrozenTarget
+from hf_dspark.train.target import FrozenTarget, stack_states
 
 BLOCK, DECAY, VOCAB, RANK = 4, 4.0, 64, 8
 HEADS = ("none", "vanilla", "gated", "rnn")
@@ -77,6 +77,28 @@ def test_mask_shows_the_context_before_the_anchor_and_the_own_block(sample):
             else:
                 expected = (column - length) // BLOCK == block
             assert mask[row, column] == expected
+
+
+@pytest.mark.parametrize("flags", [{}, {"first_slot": 1, "causal": True}, {"window": 6}])
+def test_sequences_in_one_forward_have_the_loss_and_gradients_of_each_alone(sample, flags):
+    shape = {"sliding_window": 6, "layer_types": ["sliding_attention"]} if "window" in flags else flags
+    draft, frozen, _, step = _setup(sample, **shape)
+    others = [Sample(1, random_prompt(VOCAB, n, seed=n)[0].tolist(), [(3, n)]) for n in (12, 41)]
+    samples = [others[0], sample, others[1]]  # the longest context, and the most blocks, are not the first
+    settings = {"block_size": BLOCK, "mask_token_id": draft.config.mask_token_id, "position_decay": DECAY} | flags
+    blocks = [
+        build_blocks(s, sample_anchors(s, 6 + s.index, torch.Generator().manual_seed(0)), **settings) for s in samples
+    ]
+    alone = [step(frozen.read(s.input_ids), b)[0] for s, b in zip(samples, blocks, strict=True)]
+    sum(alone).backward()
+    gradients = {name: p.grad.clone() for name, p in draft.named_parameters() if p.grad is not None}
+    draft.zero_grad()
+
+    together, _ = step(stack_states(frozen.read_all([s.input_ids for s in samples])), stack_blocks(blocks))
+    together.backward()
+    torch.testing.assert_close(together, sum(alone))
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(draft.get_parameter(name).grad, gradient, msg=name, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -11,6 +11,8 @@ from ..state import Choice
 from .triton_search import find_share
 
 BLOCK_V = 2048
+# Fused multiplication and addition is pinned: Triton's default changes from 3.10 on.
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 # Columns behind which a row's list of tiles would be longer than a program holds.
 MAX_VOCAB = BLOCK_V * 1024
 
@@ -46,16 +48,14 @@ def accept_and_draw(target_logits, draft_ids, draft_logits, uniforms, temperatur
     strides = (target_logits.stride(0), draft_logits.stride(0))
     logits = (target_logits, draft_logits, *strides, float(temperature), length, num_columns)
     decision = (draft_ids.contiguous(), num_accepted, norms, shares)
-    blocks = {"BLOCK_V": BLOCK_V, "num_warps": 8}
-    tiles = {"BLOCK_TILES": triton.next_power_of_2(num_tiles)}
+    blocks = {"BLOCK_V": BLOCK_V, **OPTIONS}
+    tiles = blocks | {"BLOCK_TILES": triton.next_power_of_2(num_tiles)}
     # Blocks of up to 15 tokens share one compiled kernel.
-    lines = {"BLOCK_LINES": max(16, triton.next_power_of_2(length + 1))}
+    lines = tiles | {"BLOCK_LINES": max(16, triton.next_power_of_2(length + 1))}
     with torch.cuda.device_of(target_logits):
-        _summarise[num_tiles, num_lines, num_rows](*logits, largest, masses, **blocks)
-        _decide[num_tiles, num_rows](
-            *logits, *decision, largest, masses, uniforms.contiguous(), **blocks, **tiles, **lines
-        )
-        _draw[num_rows,](*logits, *decision, next_uniforms, token_ids, **blocks, **tiles)
+        summarise_kernel[num_tiles, num_lines, num_rows](*logits, largest, masses, **blocks)
+        decide_kernel[num_tiles, num_rows](*logits, *decision, largest, masses, uniforms.contiguous(), **lines)
+        draw_kernel[num_rows,](*logits, *decision, next_uniforms, token_ids, **tiles)
     return Choice(token_ids, num_accepted, None)
 
 
@@ -66,7 +66,7 @@ def _with_whole_rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit(do_not_specialize=["length"])
-def _summarise(
+def summarise_kernel(
     target_logits,  # [B, L+1, V]  fp32
     draft_logits,  # [B, L, V]  fp32
     target_stride,  # from one row of the batch to the next
@@ -134,7 +134,7 @@ def _laws_at(
 
 
 @triton.jit(do_not_specialize=["length"])
-def _decide(
+def decide_kernel(
     target_logits,
     draft_logits,
     target_stride,
@@ -199,7 +199,7 @@ def _decide(
 
 
 @triton.jit(do_not_specialize=["length"])
-def _draw(
+def draw_kernel(
     target_logits,
     draft_logits,
     target_stride,

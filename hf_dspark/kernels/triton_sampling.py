@@ -13,6 +13,8 @@ from .triton_search import find_share
 
 BLOCK_B, BLOCK_V = 16, 128
 BLOCK_BYTES = 128  # of a row of W2, read at once
+# Fused multiplication and addition is pinned: Triton's default changes from 3.10 on.
+OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 # Columns behind which the second launch's list of tiles would be longer than a program holds.
 MAX_VOCAB = BLOCK_V * 8192
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,34 +56,22 @@ def sample_block(base_logits, anchor_ids, hidden_states, draft, sampler):
     tokens[:, :1] = anchor_ids
     largest = base_logits.new_empty(num_rows, num_tiles)
     masses = torch.empty_like(largest, dtype=torch.float64)
+    arguments = (draft_logits, ids, largest, masses, tokens, float(sampler.temperature))
     sizes = (num_rows, num_tokens, num_columns, draft_logits.shape[-1])
-    blocks = {"BLOCK_V": BLOCK_V, "num_warps": 4}
+    rank, read = w2.shape[1], BLOCK_BYTES // w2.element_size()
+    adding = {"RANK": rank, "BLOCK_R": read, "BLOCK_B": BLOCK_B, "BLOCK_V": BLOCK_V, **OPTIONS}
+    choosing = {"BLOCK_TILES": triton.next_power_of_2(num_tiles), "BLOCK_V": BLOCK_V, **OPTIONS}
     # Rows first: programs that share a tile of W2 run side by side.
     grid = (triton.cdiv(num_rows, BLOCK_B), num_tiles)
-    arguments = (draft_logits, ids, largest, masses, tokens, float(sampler.temperature))
     with torch.cuda.device_of(base_logits):
         for k in range(num_tokens):
-            _add_bias[grid](
-                base_logits,
-                w1.contiguous(),
-                w2.contiguous(),
-                *arguments,
-                k,
-                *sizes,
-                RANK=w2.shape[1],
-                BLOCK_B=BLOCK_B,
-                BLOCK_R=BLOCK_BYTES // w2.element_size(),
-                num_stages=3,
-                **blocks,
-            )
-            _choose[num_rows,](
-                uniforms, *arguments, k, *sizes[1:], BLOCK_TILES=triton.next_power_of_2(num_tiles), **blocks
-            )
+            add_bias_kernel[grid](base_logits, w1.contiguous(), w2.contiguous(), *arguments, k, *sizes, **adding)
+            choose_kernel[num_rows,](uniforms, *arguments, k, *sizes[1:], **choosing)
     return tokens[:, 1:], draft_logits, None
 
 
 @triton.jit(do_not_specialize=["position", "num_rows", "num_tokens"])
-def _add_bias(
+def add_bias_kernel(
     base_logits,  # [B, g, V]  fp32
     w1,  # [tokens, RANK]
     w2,  # [V, RANK]
@@ -132,7 +122,7 @@ def _add_bias(
 
 
 @triton.jit(do_not_specialize=["position", "num_tokens"])
-def _choose(
+def choose_kernel(
     uniforms,  # [B, g]  fp64; None: the likeliest
     draft_logits,
     token_ids,

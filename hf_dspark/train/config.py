@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 
 _LEARNING_RATES = {"muon": 4e-3, "adamw": 6e-4}
 TRAINABLE = ("all", "heads", "confidence")
-_COUNTS = ("steps", "batch_size", "num_anchors", "chunk_rows", "answers_per_prompt", "eval_every", "save_every")
+_COUNTS = (
+    "steps",
+    "batch_size",
+    "micro_batch_size",
+    "num_anchors",
+    "chunk_rows",
+    "answers_per_prompt",
+    "eval_every",
+    "save_every",
+)
 
 
 @dataclass(slots=True)
@@ -17,6 +26,8 @@ class TrainConfig:
         output: folder for prompts, answers, checkpoints and, at its top, the finished draft.
         exclude: jsonl files whose first turns are never trained on.
         steps, batch_size: optimizer steps, and sequences in each, over all processes.
+        micro_batch_size: sequences of a process that go through target and draft at once: 1 suits a CPU, a GPU idles
+            with less than about 8.
         layers, block_size, markov_rank, head, taps, mask_token_id, confidence: shape of the draft (`draft_config`).
         warm_start: folder or name of a draft to start from, whose shape is kept.
         trainable: "all", "heads" (sequential and confidence head only) or "confidence" (that head only, for a draft
@@ -39,6 +50,7 @@ class TrainConfig:
     exclude: list[str] = field(default_factory=list)
     steps: int = 1000
     batch_size: int = 8
+    micro_batch_size: int = 1
     layers: int = 2
     block_size: int = 7
     markov_rank: int = 64

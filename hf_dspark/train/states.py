@@ -30,8 +30,14 @@ class StateSource:
             size = tokens * (width * target.model.dtype.itemsize + 12)  # 12: log_normalisers and best_ids
             logger.warning(f"The cache of the target's states in {folder} will take {size / 1e9:.2f} GB.")
 
+    def read_all(self, samples: Sequence[Sample]) -> list[TargetStates]:
+        """The target's states of each of `samples`, on the target's device."""
+        if self._folder is None:
+            return self._target.read_all([sample.input_ids for sample in samples])
+        return [self.read(sample) for sample in samples]
+
     def read(self, sample: Sample) -> TargetStates:
-        """The target's states of `sample`, on the target's device."""
+        """The target's states of `sample`."""
         if self._folder is None:
             return self._target.read(sample.input_ids)
         file = self._folder / f"{sample.index}.safetensors"

@@ -1,4 +1,4 @@
-"""One sequence's loss: the draft on packed blocks, teacher-forced heads, and the comparison with the target."""
+"""The loss of sequences: the draft on packed blocks, teacher-forced heads, and the comparison with the target."""
 
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ class TrainingStep(nn.Module):
         draft, block_size = self.draft, blocks.labels.shape[1]
         hidden_states = draft(
             states.features,
-            blocks.block_ids.view(1, -1),
+            blocks.block_ids.view(len(blocks.position_ids), -1),
             blocks.position_ids,
             attention_mask=blocks.attention_mask,
         ).view(*blocks.block_ids.shape, -1)[:, draft.config.first_slot :]

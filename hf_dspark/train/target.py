@@ -1,5 +1,6 @@
 """What training reads of the frozen target: features of the tapped layers, and its law at chosen positions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,18 +9,32 @@ from transformers import PreTrainedModel
 from ..features import FeatureTap
 from ..heads import SelectedRows
 
-# Positions whose full-vocabulary logits exist at once while a sequence is read.
+# Positions whose full-vocabulary logits exist at once while sequences are read.
 _READ_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class TargetStates:
-    """One sequence of S tokens as the target sees it."""
+    """B sequences of S tokens as the target sees them; B is 1 but for `stack_states`."""
 
-    features: torch.Tensor  # [1, S, m*H]
-    final: torch.Tensor  # [S, H]  what the lm_head reads
-    log_normalisers: torch.Tensor  # [S]  logsumexp of the target's logits, fp32
-    best_ids: torch.Tensor  # [S]  their argmax
+    features: torch.Tensor  # [B, S, m*H]
+    final: torch.Tensor  # [B*S, H]  what the lm_head reads
+    log_normalisers: torch.Tensor  # [B*S]  logsumexp of the target's logits, fp32
+    best_ids: torch.Tensor  # [B*S]  their argmax
+
+
+def stack_states(parts: Sequence[TargetStates]) -> TargetStates:
+    """Single sequences as one batch, padded with zeros behind the shorter ones."""
+    if len(parts) == 1:
+        return parts[0]
+    length = max(part.final.shape[0] for part in parts)
+
+    def padded(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
+
+    features = torch.stack([padded(part.features[0]) for part in parts])
+    names = ("final", "log_normalisers", "best_ids")
+    return TargetStates(features, *(torch.cat([padded(getattr(part, name)) for part in parts]) for name in names))
 
 
 class FrozenTarget:
@@ -39,26 +54,34 @@ class FrozenTarget:
         self._scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
         self._is_checked = False
 
-    @torch.no_grad()
     def read(self, input_ids: list[int]) -> TargetStates:
-        """Features and final states of `input_ids`, and of each position's law what a part of it does not tell.
+        """The states of one sequence, as `read_all` gives them."""
+        return self.read_all([input_ids])[0]
 
-        Raises ValueError where the target's logits are not made from its final states in a way known here.
+    @torch.no_grad()
+    def read_all(self, sequences: list[list[int]]) -> list[TargetStates]:
+        """Features and final states of token ids, and of each position's law what a part of it does not tell.
+
+        One forward; padding stands behind a sequence, where no position of it sees it. Raises ValueError where the
+        target's logits are not made from its final states in a way known here.
         """
-        ids = torch.tensor([input_ids], device=self.model.device)
-        decoder = self.model.get_decoder()
-        with FeatureTap(self.model, self.target_layer_ids) as tap:
-            outputs = decoder(ids, **tap.forward_kwargs, use_cache=False, return_dict=True)
-            features, final = tap.take(outputs), outputs.last_hidden_state[0]
         if not self._is_checked:
-            self._check(ids, final)
-        head = self.model.get_output_embeddings()
+            self._check(sequences[0])
+        lengths = list(map(len, sequences))
+        padded = [ids + [ids[-1]] * (max(lengths) - len(ids)) for ids in sequences]
+        with FeatureTap(self.model, self.target_layer_ids) as tap:
+            ids = torch.tensor(padded, device=self.model.device)
+            outputs = self.model.get_decoder()(ids, **tap.forward_kwargs, use_cache=False, return_dict=True)
+            features, final = tap.take(outputs), outputs.last_hidden_state
         normalisers, best = [], []
-        for rows in final.split(_READ_ROWS):
-            logits = self._logits(head, rows)
+        own_rows = torch.cat([states[:length] for states, length in zip(final, lengths, strict=True)])
+        for rows in own_rows.split(_READ_ROWS):
+            logits = self._logits(self.model.get_output_embeddings(), rows)
             normalisers.append(logits.logsumexp(-1))
             best.append(logits.argmax(-1))
-        return TargetStates(features, final, torch.cat(normalisers), torch.cat(best))
+        laws = zip(torch.cat(normalisers).split(lengths), torch.cat(best).split(lengths), strict=True)
+        parts = zip(features.split(1), final, lengths, laws, strict=True)
+        return [TargetStates(feature[:, :n], states[:n], *law) for feature, states, n, law in parts]
 
     @torch.no_grad()
     def probs(self, states: TargetStates, rows: torch.Tensor) -> torch.Tensor:
@@ -72,9 +95,12 @@ class FrozenTarget:
         logits = head(final).float() * self._scale
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
-    def _check(self, ids: torch.Tensor, final: torch.Tensor) -> None:
+    @torch.no_grad()
+    def _check(self, sequence: list[int]) -> None:
+        ids = torch.tensor([sequence], device=self.model.device)
+        final = self.model.get_decoder()(ids, use_cache=False, return_dict=True).last_hidden_state[0, -1:]
         expected = self.model(ids, use_cache=False).logits[0, -1].float()
-        got = self._logits(self.model.get_output_embeddings(), final[-1:])[0]
+        got = self._logits(self.model.get_output_embeddings(), final)[0]
         if (expected - got).abs().max() > 1e-2 * expected.abs().max():
             raise ValueError(
                 f"The logits of {type(self.model).__name__} are not its lm_head on the decoder's last hidden state, "

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..compat import enable_activation_checkpointing
 from ..modeling_dspark import DSparkDraftModel
-from .anchors import Blocks, blocks_of_draft, sample_anchors
+from .anchors import Blocks, blocks_of_draft, sample_anchors, stack_blocks
 from .answers import Sample, read_answers, write_answers
 from .config import TrainConfig
 from .optimizers import build_optimizers
@@ -26,7 +26,7 @@ from .prompts import read_prompts, split_held_out
 from .shape import draft_config, frequent_tokens
 from .states import StateSource
 from .step import TrainingStep
-from .target import FrozenTarget
+from .target import FrozenTarget, stack_states
 
 logger = logging.get_logger(__name__)
 
@@ -119,15 +119,17 @@ class _Run:
         batch = [(sample, self._anchors(sample, number)) for sample in _batch(training, number, self.config)]
         # Weights need no forward, so every process knows the sum over the whole step without asking the others.
         blocks = [self._blocks(sample, anchors) for sample, anchors in batch]
-        weight = sum(float(b.weights.sum()) for b in blocks)
+        weight = float(sum(b.weights.sum() for b in blocks))
         world = self.accelerator.num_processes
         mine = list(zip(batch, blocks, strict=True))[self.accelerator.process_index :: world]
         loss = torch.zeros((), device=self.accelerator.device)
-        for index, ((sample, _), block) in enumerate(mine):
-            is_last = index == len(mine) - 1
+        size = self.config.micro_batch_size
+        for start in range(0, len(mine), size):
+            micro_batch, is_last = mine[start : start + size], start + size >= len(mine)
+            states = stack_states(self.states.read_all([sample for (sample, _), _ in micro_batch]))
             with nullcontext() if is_last else self.accelerator.no_sync(self.step):
                 with self.accelerator.autocast():
-                    part, _ = self.step(self.states.read(sample), block.to(self.accelerator.device))
+                    part, _ = self.step(states, stack_blocks([block for _, block in micro_batch]))
                 # DDP averages gradients over processes; the loss is a mean over all of their rows.
                 part = part / weight
                 self.accelerator.backward(part * world)
@@ -149,7 +151,7 @@ class _Run:
             sample = held_out[position % len(held_out)]
             blocks = self._blocks(sample, self._anchors(sample, -1))
             with self.accelerator.autocast():
-                _, outcomes = self.step(self.states.read(sample), blocks.to(self.accelerator.device))
+                _, outcomes = self.step(self.states.read(sample), blocks)
             whole = (blocks.weights > 0).all(-1) & (position < len(held_out))
             supervised = (blocks.weights > 0).to(outcomes.overlap.device)
             survival = []
@@ -167,7 +169,7 @@ class _Run:
     def _anchors(self, sample: Sample, number: int) -> torch.Tensor:
         """Anchors of a sample in a step: a function of seed, step and sample, whatever was interrupted before."""
         generator = torch.Generator().manual_seed(hash((self.config.seed, number, sample.index)) % 2**63)
-        return sample_anchors(sample, self.config.num_anchors, generator)
+        return sample_anchors(sample, self.config.num_anchors, generator).to(self.accelerator.device)
 
     def _blocks(self, sample: Sample, anchors: torch.Tensor) -> Blocks:
         return blocks_of_draft(self.draft_config, sample, anchors, position_decay=self.config.position_decay)

@@ -1,0 +1,170 @@
+"""How target and draft come to call `block_attention`: by transformers' AttentionInterface, under the name "dspark".
+
+The loop switches them over for the length of a call (`block_attention_on`); a user may name it as
+`attn_implementation`, too.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import block_attention, visible_keys
+from .dispatch import note
+
+NAME = "dspark"
+MAX_BLOCK = 64  # rows; longer inputs are prompts, which are sdpa's
+
+
+def dspark_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [B, H, L, D]
+    key: torch.Tensor,  # [B, Hkv, S, D]
+    value: torch.Tensor,  # [B, Hkv, S, Dv]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    *,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    kv_lengths: torch.Tensor | None = None,  # [B]  keys of each row, in slots 0, 1, ...; they replace the mask
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """`block_attention` as models call it, [B, L, H, Dv]. Prompts and training go to sdpa where it can serve."""
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    num_rows, num_keys = query.shape[2], key.shape[2]
+    is_block = kv_lengths is not None or num_rows < min(num_keys, MAX_BLOCK + 1) or num_rows == 1
+    needs_sdpa = dropout > 0 or kwargs.get("position_bias") is not None
+    if softcap is None and s_aux is None and (needs_sdpa or not is_block):
+        if attention_mask is None and is_causal and 1 < num_rows < num_keys:  # sdpa's own would end at the upper left
+            attention_mask = visible_keys(query, key, is_causal=True)
+        settings = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings, **kwargs)
+    window = sliding_window if kv_lengths is not None else None
+    if kv_lengths is not None:
+        attention_mask = None
+    elif sliding_window is not None and getattr(attention_mask, "block_window", None) == sliding_window:
+        attention_mask, window = None, sliding_window
+    output = block_attention(
+        query,
+        key,
+        value,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        is_causal=is_causal,
+        lengths=kv_lengths,
+        mask=attention_mask,
+        window=window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def block_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,  # [B, n]  False where padded
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs,
+) -> torch.Tensor | None:
+    """sdpa's mask as transformers' models ask for it; none for a block behind other keys, without padding.
+
+    None means then: causal, and the keys end with the block. A mask that only a window makes necessary says so in its
+    attribute `block_window`.
+    """
+    arguments = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "local_size": local_size}
+    arguments |= {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask, **kwargs}
+    # In a static cache the offset is a tensor, and there are slots behind the block.
+    is_at_end = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    if q_length == 1 or (is_at_end and q_offset == 0):
+        return sdpa_mask(**arguments, allow_is_causal_skip=allow_is_causal_skip)
+    is_plain = is_at_end and allow_is_causal_skip and q_length <= MAX_BLOCK and _is_unpadded(attention_mask)
+    if is_plain and (local_size is None or q_offset + q_length <= local_size):
+        return None
+    mask = sdpa_mask(**arguments, allow_is_causal_skip=False)
+    if is_plain and not torch.compiler.is_compiling():
+        mask.block_window = local_size
+    return mask
+
+
+_call = threading.local()  # what this thread's speculative call found out
+
+
+def _is_unpadded(attention_mask: torch.Tensor | None) -> bool:
+    if attention_mask is None:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    # A synchronisation, unless a speculative call is on, which made it once.
+    return getattr(_call, "is_unpadded", False) or bool(attention_mask.all())
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, dspark_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, block_mask)
+
+_lock = threading.Lock()
+_switched: dict[int, int] = {}  # id of a config that is switched over -> number of calls that use it
+
+
+@contextmanager
+def block_attention_on(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    *,
+    attention_mask: torch.Tensor | None,  # [B, n]  of the call
+    output_attentions: bool,
+) -> Iterator[None]:
+    """Target and draft attend by `block_attention` while this is open, where their layers allow it."""
+    reason = "attention weights are asked for" if output_attentions else why_not_switched(target)
+    if reason is not None:
+        note("block_attention", f"the target keeps its own: {reason}")
+    _call.is_unpadded = attention_mask is None or bool(attention_mask.all())
+    with _lock:
+        configs = _switchable_configs(draft) if reason is not None else _switchable_configs(target, draft)
+        for config in configs:
+            _switched[id(config)] = _switched.get(id(config), 0) + 1
+            config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        _call.is_unpadded = False
+        with _lock:
+            for config in configs:
+                _switched[id(config)] -= 1
+                if not _switched[id(config)]:  # the last of several calls at the same time
+                    del _switched[id(config)]
+                    config._attn_implementation_internal = "sdpa"
+
+
+def why_not_switched(target: PreTrainedModel) -> str | None:
+    """Why a target's attention is left as the user has it; None where `block_attention_on` takes it over."""
+    decoder = target.get_decoder()
+    implementation = decoder.config._attn_implementation
+    if implementation != NAME and implementation != "sdpa":
+        return f"its `attn_implementation` is {implementation!r}, not 'sdpa'"
+    if not decoder._can_set_attn_implementation():
+        return f"{type(decoder).__name__} does not take its attention from transformers' AttentionInterface"
+    # Without them sdpa computes something else than the model means, and so does plain generate().
+    has_sinks = any(hasattr(module, "sinks") for module in decoder.modules())
+    if implementation == "sdpa" and (has_sinks or getattr(decoder.config, "attn_logit_softcapping", None)):
+        return "sdpa leaves out its sinks or soft-cap"
+    return None
+
+
+def _switchable_configs(*models: PreTrainedModel) -> list:
+    """The configs that the decoders' modules read their attention from."""
+    decoders = [model.get_decoder() for model in models]
+    found = {id(m.config): m.config for decoder in decoders for m in decoder.modules() if hasattr(m, "config")}
+    switched = [config for key, config in found.items() if key in _switched]
+    return switched + [c for c in found.values() if getattr(c, "_attn_implementation", None) == "sdpa"]

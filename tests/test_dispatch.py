@@ -1,0 +1,121 @@
+"""A function's twin runs where it is installed and fits; else the plain function runs, and says why."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_dspark import dispatch
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """A function with a twin; both say who ran."""
+    monkeypatch.setattr(dispatch, "_names", [])
+    ran = []
+
+    @dispatch.with_kernel
+    def double(x, *, times=2):
+        """Twice as much."""
+        ran.append("plain")
+        return x * times
+
+    def twin(x, *, times=2):
+        ran.append("twin")
+        return x * times
+
+    def why_not(x, *, times=2):
+        return "it is not doubled" if times != 2 else None
+
+    module = SimpleNamespace(double=twin, why_not_double=why_not)
+    monkeypatch.setattr(dispatch, "_import_kernels", lambda: (module, ""))
+    monkeypatch.setattr(dispatch, "_kernel_devices", lambda: frozenset({torch.device("cpu")}))
+    dispatch.load_kernels()
+    double.ran = ran
+    yield double
+    monkeypatch.undo()
+    dispatch.load_kernels()
+
+
+X = torch.ones(3)
+
+
+def test_twin_runs_where_it_fits(double):
+    assert double(X).tolist() == [2, 2, 2]
+    assert double.ran == ["twin"]
+    assert dispatch.report() == {"double": "Triton"}
+    assert double.__doc__ == "Twice as much."
+
+
+def test_plain_function_runs_for_the_twins_reason(double):
+    assert double(X, times=3).tolist() == [3, 3, 3]
+    assert double.ran == ["plain"]
+    assert dispatch.report() == {"double": "not Triton: it is not doubled"}
+
+
+def test_switch_forces_the_plain_function_and_is_read_anew(double, monkeypatch):
+    monkeypatch.setenv("HF_DSPARK_KERNELS", "0")
+    dispatch.load_kernels()
+    double(X)
+    assert dispatch.report() == {"double": "not Triton: HF_DSPARK_KERNELS is 0"}
+    monkeypatch.setenv("HF_DSPARK_KERNELS", "1")
+    dispatch.load_kernels()
+    double(X)
+    assert double.ran == ["plain", "twin"]
+
+
+def test_plain_function_runs_without_a_gpu(double, monkeypatch):
+    monkeypatch.setattr(dispatch, "_kernel_devices", lambda: frozenset())
+    dispatch.load_kernels()
+    double(X)
+    assert double.ran == ["plain"]
+    assert "no NVIDIA GPU" in dispatch.report()["double"]
+
+
+def test_plain_function_runs_on_tensors_that_lie_elsewhere(double, monkeypatch):
+    monkeypatch.setattr(dispatch, "_kernel_devices", lambda: frozenset({torch.device("cuda", 0)}))
+    dispatch.load_kernels()
+    double(X)
+    assert dispatch.report() == {"double": "not Triton: it is on cpu"}
+
+
+@pytest.mark.parametrize("missing", ["triton", "hf_dspark.kernels"])
+def test_plain_function_runs_without_triton_or_in_remote_code(missing, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("hf_dspark.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    dispatch._import_kernels.cache_clear()
+    monkeypatch.setattr(dispatch, "_kernel_devices", lambda: frozenset({torch.device("cpu")}))
+    dispatch.load_kernels()
+    assert dispatch._twins == {}
+    assert dispatch._missing == f"{missing} is not installed (pip install hf-dspark[kernels])"
+    monkeypatch.undo()
+    dispatch._import_kernels.cache_clear()
+    dispatch.load_kernels()
+
+
+def test_a_new_call_forgets_the_notes_and_keeps_the_twins(double):
+    double(X)
+    before = dispatch._twins
+    dispatch.load_kernels()
+    assert dispatch.report() == {}
+    assert dispatch._twins is before  # the guards of compiled graphs hold
+
+
+def test_lost_speed_is_said_once_in_the_log(monkeypatch):
+    said = []
+    monkeypatch.setattr(dispatch.logger, "warning_once", said.append)
+    dispatch.load_kernels()
+    for _ in range(2):
+        dispatch.note("double", "not Triton: head size 80", is_loss=True)
+        dispatch.note("double", "packed")
+    assert said == ["double: not Triton: head size 80."]
+    assert dispatch.report() == {"double": "not Triton: head size 80; packed"}
+
+
+def test_nothing_is_kept_in_a_trace(double):
+    compiled = torch.compile(double, backend="eager", fullgraph=True)
+    assert compiled(X).tolist() == [2, 2, 2]
+    assert compiled(X, times=3).tolist() == [3, 3, 3]
+    assert dispatch.report() == {}
