@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .dispatch import with_kernel
-from .sampling import SamplingRule, draw, process_scores, softmax_at
+from .sampling import Prefixes, SamplingRule, draw, process_ragged, process_scores, softmax_at
 from .state import Acceptance, Choice, Distribution, DraftBlock
 
 
@@ -21,8 +21,14 @@ def choose_tokens(
     *,
     eos_ids: torch.Tensor | None = None,
     stops: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    limits: torch.Tensor | None = None,
+    prefixes: Prefixes | None = None,
+    live: torch.Tensor | None = None,
 ) -> Choice:
     """Accepted tokens and the target's own next one, by `rule`.
+
+    Of row r only the first `limits[r]` of its drafted tokens are considered (None: all). `prefixes` stands for
+    `input_ids` where rows are of different lengths. Rows that are not `live` [B] do not stop the others.
 
     Processors that keep a state are not called behind a token that is not emitted: one behind a rejection, behind one
     of `eos_ids`, or behind a prefix of drafted tokens [B, i] for which `stops(prefix, scores)` is true.
@@ -35,22 +41,26 @@ def choose_tokens(
             accepted = accepts(i, scores[:, i])
             if eos_ids is not None:
                 accepted = accepted & ~torch.isin(draft_ids[:, i], eos_ids)
+            if live is not None:
+                accepted = accepted | ~live
             # Synchronisations a token, where a processor keeps a state: it decides what is called, one by one.
             if not accepted.all().tolist():
                 return False
             return stops is None or not stops(draft_ids[:, : i + 1], scores).any().tolist()
 
+        if prefixes is not None and not rule.is_prefix_free:
+            return process_ragged(rule, prefixes, draft_ids, logits)
         return process_scores(rule, candidate_ids, logits, goes_on if rule.is_stateful else None)
 
     if not rule.do_sample:
         scores = process(lambda i, row: row.argmax(-1) == draft_ids[:, i])
         target_ids = scores.argmax(-1)
-        return Choice(target_ids, accept_greedy(draft_ids, target_ids), scores)
+        return Choice(target_ids, accept_greedy(draft_ids, target_ids, limits), scores)
 
     uniforms = rule.uniforms(draft_ids)
     if rule.temperature is not None:
         draft_logits = logits[:, :0] if block is None else block.draft_logits[:, :length].to(logits.device)
-        return accept_and_draw(logits, draft_ids, draft_logits, uniforms, rule.temperature, rule.generator)
+        return accept_and_draw(logits, draft_ids, draft_logits, uniforms, rule.temperature, rule.generator, limits)
     draft_law = Distribution(logits[:, :0]) if block is None else block.distribution.narrow(length)
     target_law, scores = rule.sparse_distribution(logits, exact=True), None
     if target_law is None:
@@ -63,7 +73,7 @@ def choose_tokens(
         scores = process(accepts)
         target_law = Distribution(scores.softmax(-1))
     columns, draft_probs, target_probs = on_common_support(draft_ids, draft_law, target_law, logits.shape[-1])
-    acceptance = accept_prefix(columns, draft_probs, target_probs, uniforms)
+    acceptance = accept_prefix(columns, draft_probs, target_probs, uniforms, limits)
     next_ids = rule.draw(acceptance.next_probs).unsqueeze(-1)
     if target_law.support_ids is not None:
         next_ids = _row(target_law.support_ids, acceptance.num_accepted).gather(-1, next_ids)
@@ -78,10 +88,11 @@ def accept_and_draw(
     uniforms: torch.Tensor,  # [B, L]  in [0, 1)
     temperature: float,
     generator: torch.Generator | None,
+    limits: torch.Tensor | None = None,  # [B]  as in `accept_prefix`
 ) -> Choice:
     """`accept_prefix` and the token after it, drawn by `generator`, where both laws are softmaxes at `temperature`."""
     draft_probs, target_probs = softmax_at(temperature, draft_logits), softmax_at(temperature, target_logits)
-    acceptance = accept_prefix(draft_ids, draft_probs, target_probs, uniforms)
+    acceptance = accept_prefix(draft_ids, draft_probs, target_probs, uniforms, limits)
     next_ids = draw(acceptance.next_probs, generator).unsqueeze(-1)
     return Choice(_join(draft_ids, acceptance.num_accepted, next_ids), acceptance.num_accepted, None)
 
@@ -91,6 +102,7 @@ def accept_prefix(
     draft_probs: torch.Tensor,  # [B, L, V]  the law each token was drawn from
     target_probs: torch.Tensor,  # [B, L+1, V]
     uniforms: torch.Tensor,  # [B, L]  in [0, 1)
+    limits: torch.Tensor | None = None,  # [B]  drafted tokens that are considered; None: all
 ) -> Acceptance:
     """Keep drafted tokens left to right with probability min(1, p_target / p_draft); then the residual law.
 
@@ -102,21 +114,25 @@ def accept_prefix(
         return Acceptance(draft_ids.new_zeros(draft_ids.shape[0]), target_probs[:, 0])
     tokens = draft_ids.unsqueeze(-1)
     kept = uniforms * draft_probs.gather(-1, tokens).squeeze(-1) < target_probs[:, :-1].gather(-1, tokens).squeeze(-1)
-    num_accepted = kept.long().cumprod(-1).sum(-1)
+    num_accepted = _within(kept.long().cumprod(-1).sum(-1), limits)
     target_row = _row(target_probs, num_accepted)
     residual = (target_row - _row(draft_probs, num_accepted.clamp_max(length - 1))).clamp_min(0)
     mass = residual.sum(-1, keepdim=True)
-    # After full acceptance nothing is subtracted: the bonus token comes from the target's own last row.
-    from_residual = (num_accepted < length).unsqueeze(-1) & (mass > 0)
+    # After full acceptance nothing is subtracted: the bonus token comes from the target's own law there.
+    from_residual = (num_accepted < (length if limits is None else limits)).unsqueeze(-1) & (mass > 0)
     return Acceptance(num_accepted, torch.where(from_residual, residual / mass, target_row))
 
 
-def accept_greedy(draft_ids: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-    """Number of drafted tokens [B] that equal the target's own choice: `draft_ids` [B, L], `target_ids` [B, L+1].
+def accept_greedy(
+    draft_ids: torch.Tensor,  # [B, L]
+    target_ids: torch.Tensor,  # [B, L+1]
+    limits: torch.Tensor | None = None,  # [B]  as in `accept_prefix`
+) -> torch.Tensor:
+    """Number of drafted tokens [B] that equal the target's own choice.
 
     The same rule with one-hot laws; the token after them is `target_ids` at that position.
     """
-    return (draft_ids == target_ids[:, :-1]).long().cumprod(-1).sum(-1)
+    return _within((draft_ids == target_ids[:, :-1]).long().cumprod(-1).sum(-1), limits)
 
 
 def on_common_support(
@@ -143,6 +159,10 @@ def on_common_support(
     columns = torch.where(hit.any(-1), hit.long().argmax(-1), ids.shape[-1])
     target_probs = torch.cat([target.probs, torch.zeros_like(target.probs[..., :1])], dim=-1)
     return columns, torch.cat([draft_probs, outside], dim=-1), target_probs
+
+
+def _within(num_accepted: torch.Tensor, limits: torch.Tensor | None) -> torch.Tensor:
+    return num_accepted if limits is None else torch.minimum(num_accepted, limits)
 
 
 def _row(probs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

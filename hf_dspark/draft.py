@@ -24,6 +24,7 @@ def draft_block(
     position_ids: torch.Tensor | None = None,  # [B, new+inputs]  of the new context, then of the block's inputs
     num_tokens: int | None = None,
     sampler: Sampler | None = None,
+    attention_mask: dict[str, torch.Tensor] | None = None,
 ) -> DraftBlock:
     """Propose up to `block_size` tokens after the anchor; the context is read into `cache`, the block is not kept.
 
@@ -31,6 +32,7 @@ def draft_block(
         position_ids: default is a context without gaps, so the anchor stands at its length.
         num_tokens: sample only the first of the block's positions. The backbone always sees the whole block.
         sampler: default is greedy.
+        attention_mask: as the draft's forward takes it.
 
     Raises ValueError where the draft has no embedding or lm_head of its own and no target is bound.
     """
@@ -43,7 +45,8 @@ def draft_block(
         start = cache.get_seq_length()
         stop = start + features.shape[1] + num_inputs
         position_ids = torch.arange(start, stop, device=features.device).expand(features.shape[0], -1)
-    hidden_states = draft(features, torch.cat([anchor_ids, masks], dim=1), position_ids, cache)
+    block_ids = torch.cat([anchor_ids, masks], dim=1)
+    hidden_states = draft(features, block_ids, position_ids, cache, attention_mask)
     drop_last(cache, num_inputs)
     hidden_states = hidden_states[:, config.first_slot : config.first_slot + num_tokens]
     base_logits = draft.compute_logits(hidden_states)
@@ -92,10 +95,11 @@ def sample_block(
         tokens = torch.cat([tokens, next_ids.to(tokens.device).unsqueeze(-1)], dim=1)
         draft_logits.append(logits)
         laws.append(law)
-    return tokens[:, 1:], torch.stack(draft_logits, dim=1), _join(laws)
+    return tokens[:, 1:], torch.stack(draft_logits, dim=1), join_laws(laws)
 
 
-def _join(laws: list[Distribution | None]) -> Distribution | None:
+def join_laws(laws: list[Distribution | None]) -> Distribution | None:
+    """Laws of single positions as one of all of them."""
     if laws[0] is None:
         return None
     ids = None if laws[0].support_ids is None else torch.cat([law.support_ids for law in laws], dim=1)

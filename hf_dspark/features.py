@@ -55,8 +55,7 @@ class FeatureTap:
         """Features [B, S, m*H] of all positions the target read since the last call."""
         if self.by_hooks:
             parts = [torch.cat(self._captured[i], dim=1) for i in self.target_layer_ids]
-            for captured in self._captured.values():
-                captured.clear()
+            self.discard()
         else:
             states = outputs.hidden_states
             # A tuple of L entries has no embedding in front (transformers before 5.23), one of L+1 has.
@@ -64,6 +63,11 @@ class FeatureTap:
             parts = [_one_stream(states[i + 1 - offset]) for i in self.target_layer_ids]
         device = parts[-1].device
         return torch.cat([part.to(device) for part in parts], dim=-1)
+
+    def discard(self) -> None:
+        """Forget what was captured since the last `take`."""
+        for captured in self._captured.values():
+            captured.clear()
 
     def _register(self, layers, layer_id: int, thread: int):
         captured = self._captured[layer_id]

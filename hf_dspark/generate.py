@@ -4,6 +4,7 @@ Also the only one with clocks, and the owner of a round's device synchronisation
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,15 @@ from transformers.utils import ModelOutput, logging
 from .accept import choose_tokens
 from .agreement import Agreement
 from .attention_interface import block_attention_on
+from .batch_call import BatchCall
 from .candidate_generator import DSparkCandidateGenerator, context_of, in_transformers_loop
 from .compat import CACHE
 from .dispatch import load_kernels, report
 from .features import FeatureTap
 from .rollback import MAX_PENDING, Rewinder, recording_past, why_not_reversible
-from .sampling import SamplingRule
 from .schedule import ConfidenceThreshold, FixedLength, schedule_from
 from .state import Decision, DecodeState, DraftBlock, DraftContext, GenerationStats, RoundRecord, Verification
+from .terms import Terms, Verdicts
 from .verify import extras_of_tokens, read_pending, read_verification, verify_block
 
 logger = logging.get_logger(__name__)
@@ -57,7 +59,7 @@ class SpeculativeDecoding:
         loop: str = "dspark",
         **model_kwargs: Any,
     ) -> torch.Tensor | SpeculativeOutput:
-        """Continue `input_ids` [1, n] as the target would, by drafting and verifying.
+        """Continue `input_ids` [B, n] as the target would, by drafting and verifying.
 
         Arguments are as generate() prepares them for a decoding method. Greedy output equals plain generate()'s in
         fp32, sampled output has its distribution. Raises ValueError for what is not supported, before any forward.
@@ -85,31 +87,22 @@ class _Call:
 
     def __init__(self, draft, target, input_ids, processors, criteria, config, *, schedule, generator):
         self.draft, self.target, self.input_ids = draft, target, input_ids
-        self.criteria, self.config, self.schedule = criteria, config, schedule
-        names = ("scores", "logits", "hidden_states", "attentions")
-        asked = [name for name in names if getattr(config, f"output_{name}")]
-        self.extras = asked if config.return_dict_in_generate else []
-        self.rule = SamplingRule(
-            processors, do_sample=config.do_sample, generator=generator, keep_scores="scores" in self.extras
-        )
-        lengths = [c.max_length for c in criteria if type(c) is sc.MaxLengthCriteria]
-        self.max_length = min(lengths, default=config.max_length)
-        eos = [c.eos_token_id for c in criteria if type(c) is sc.EosTokenCriteria]
-        self.eos_ids = torch.cat(eos).to(input_ids.device) if eos else None
-        # Length and EOS are decided on the device; any other criterion is asked for every prefix.
-        self.has_other_criteria = len(lengths) + len(eos) < len(criteria)
-        self.watch = _Stopwatch(target.device)
+        self.config, self.schedule = config, schedule
+        self.terms = Terms.of(processors, criteria, config, input_ids.device, generator)
+        self.watch = Stopwatch(target.device)
         self.agreement = Agreement(target)
         self.schedule.reset()
         load_kernels()
 
     def run(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
         """Our loop."""
+        if len(self.input_ids) > 1:
+            return self._run_batch(model_kwargs, streamer)
         returns_cache = model_kwargs.get("use_cache") is not False
         self._check_cache(model_kwargs.get(CACHE), before_prefill=True)
         cache = _ensure_cache(self.target, model_kwargs)
         state = DecodeState(self.input_ids, model_kwargs, cache_length=cache.get_seq_length())
-        state.extras = {name: [] for name in self.extras}
+        state.extras = {name: [] for name in self.terms.extras}
         candidates = self._candidates(context_of(self.draft, cache, state.cache_length))
         with self.watch.part("total"), candidates.tap:
             with self.watch.part("prefill"):
@@ -182,25 +175,26 @@ class _Call:
         self, state: DecodeState, verification: Verification, draft_ids: torch.Tensor, block: DraftBlock | None
     ) -> Decision:
         """Accept, add the target's own token, and stop where plain generate() would."""
-        verdicts = _Verdicts(self.criteria, state, "scores" in self.extras) if self.has_other_criteria else None
+        terms = self.terms
+        verdicts = Verdicts(terms, state) if terms.has_other_criteria else None
         stops = None if verdicts is None else verdicts.on_last
         choice = choose_tokens(
-            self.rule, state.input_ids, verification.logits, draft_ids, block, eos_ids=self.eos_ids, stops=stops
+            terms.rule, state.input_ids, verification.logits, draft_ids, block, eos_ids=terms.eos_ids, stops=stops
         )
         tokens, num_accepted = choice.token_ids, choice.num_accepted
         num_emitted = num_accepted + 1
         at_eos = torch.zeros_like(num_accepted)
-        if self.eos_ids is not None:
+        if terms.eos_ids is not None:
             column = torch.arange(tokens.shape[1], device=tokens.device)
-            is_eos = torch.isin(tokens, self.eos_ids) & (column <= num_accepted.unsqueeze(-1))
+            is_eos = torch.isin(tokens, terms.eos_ids) & (column <= num_accepted.unsqueeze(-1))
             at_eos = is_eos.any(-1).long()
             num_emitted = torch.where(at_eos > 0, is_eos.long().argmax(-1) + 1, num_emitted)
         # The one synchronisation of every round: shapes and the end of the loop depend on these three numbers.
         accepted, kept, finished = torch.cat([num_accepted, num_emitted, at_eos]).tolist()
-        finished = bool(finished) or state.input_ids.shape[1] + kept >= self.max_length
+        finished = bool(finished) or state.input_ids.shape[1] + kept >= terms.max_length
         if verdicts is not None:
-            kept, stopped = verdicts.first_stop(tokens[:, :kept], choice.scores)
-            finished = finished or stopped
+            kept, stops = verdicts.first_stop(tokens[:, :kept], choice.scores)
+            finished = finished or any(stops)
         decision = Decision(tokens[:, :kept], accepted, finished, choice.scores)
         return self.agreement.on_decision(decision, width=tokens.shape[1])
 
@@ -211,7 +205,7 @@ class _Call:
         count = decision.emitted_ids.shape[1]
         # The verification's first row is the anchor's, as many positions back as tokens were emitted.
         where = {"first_position": state.cache_length - count, "is_prefill": is_prefill}
-        extras = extras_of_tokens(self.extras, self.target, verification, decision.scores, count, **where)
+        extras = extras_of_tokens(self.terms.extras, self.target, verification, decision.scores, count, **where)
         for name, entries in extras.items():
             state.extras[name] += entries
         state.input_ids = torch.cat([state.input_ids, decision.emitted_ids], dim=1)
@@ -220,8 +214,23 @@ class _Call:
         )
         state.finished = decision.finished
 
+    def _run_batch(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
+        """The same for several rows."""
+        returns_cache = model_kwargs.get("use_cache") is not False and self.config.return_dict_in_generate
+        self._check_cache(model_kwargs.get(CACHE), before_prefill=True)
+        cache = _ensure_cache(self.target, model_kwargs)
+        tap = self._tap()
+        batch = BatchCall(self.draft, self.target, self.input_ids, self.terms, self.config, self.schedule, self.watch)
+        with self.watch.part("total"), tap:
+            sequences = batch.run(model_kwargs, cache, tap, streamer, returns_cache=returns_cache)
+        stats = self._record(batch.records, sum(row.num_emitted for row in batch.rows))
+        if not self.config.return_dict_in_generate:
+            return sequences
+        cache = {CACHE: cache if returns_cache else None}
+        return SpeculativeOutput(sequences=sequences, **batch.extras, **cache, rounds=batch.records, stats=stats)
+
     def _finish(self, state: DecodeState, cache: Cache | None) -> torch.Tensor | SpeculativeOutput:
-        stats = self._record(state.rounds, state.input_ids)
+        stats = self._record(state.rounds, state.input_ids.shape[1] - self.input_ids.shape[1])
         if not self.config.return_dict_in_generate:
             return state.input_ids
         extras = {name: tuple(entries) for name, entries in state.extras.items()}
@@ -236,10 +245,11 @@ class _Call:
             "a target whose state cannot be rolled back": getattr(self.target, "_is_stateful", False),
             "`use_cache=False`": cache is None,
             "a cache that is already filled": cache is not None and cache.get_seq_length() > 0,
-            "stop strings, `max_time` or other stopping criteria": self.has_other_criteria,
-            "logits processors that keep a state": self.rule.is_stateful,
+            "stop strings, `max_time` or other stopping criteria": self.terms.has_other_criteria,
+            "logits processors that keep a state": self.terms.rule.is_stateful,
             "`output_hidden_states`": bool(self.config.output_hidden_states),
             "`output_attentions`": bool(self.config.output_attentions),
+            "several sequences at once": len(self.input_ids) > 1,
         }
         for limit, is_met in limits.items():
             if is_met:
@@ -248,34 +258,36 @@ class _Call:
                     'Use the default loop="dspark".'
                 )
         candidates = self._candidates(DraftContext(self.draft.new_cache()))
-        arguments = (self.input_ids, self.rule.processors, self.criteria, self.config)
+        arguments = (self.input_ids, self.terms.rule.processors, self.terms.criteria, self.config)
         borrowed = in_transformers_loop(self.target, candidates)
         with self.watch.part("total"), candidates.tap, recording_past(cache), borrowed:
             output = self.target._assisted_decoding(*arguments, streamer=streamer, **model_kwargs)
         if not self.config.return_dict_in_generate:
-            self._record(candidates.rounds, output)
+            self._record(candidates.rounds, output.shape[1] - self.input_ids.shape[1])
             return output
-        stats = self._record(candidates.rounds, output.sequences)
+        stats = self._record(candidates.rounds, output.sequences.shape[1] - self.input_ids.shape[1])
         return SpeculativeOutput(**output, rounds=tuple(candidates.rounds), stats=stats)
 
     def _candidates(self, context: DraftContext) -> DSparkCandidateGenerator:
-        by_hooks = self.config.prefill_chunk_size is not None or bool(self.config.output_hidden_states)
         return DSparkCandidateGenerator(
             self.draft,
-            self.rule,
+            self.terms.rule,
             schedule=self.schedule,
-            max_length=self.max_length,
-            tap=FeatureTap(self.target, self.draft.config.target_layer_ids, by_hooks=by_hooks),
+            max_length=self.terms.max_length,
+            tap=self._tap(),
             context=context,
         )
+
+    def _tap(self) -> FeatureTap:
+        by_hooks = self.config.prefill_chunk_size is not None or bool(self.config.output_hidden_states)
+        return FeatureTap(self.target, self.draft.config.target_layer_ids, by_hooks=by_hooks)
 
     def _block_attention(self, model_kwargs: dict[str, Any]):
         """For the rounds alone: the prompt is read as plain generate() reads it."""
         mask, shown = model_kwargs.get("attention_mask"), bool(self.config.output_attentions)
         return block_attention_on(self.target, self.draft, attention_mask=mask, output_attentions=shown)
 
-    def _record(self, rounds: list[RoundRecord], sequences: torch.Tensor) -> GenerationStats:
-        tokens = sequences.shape[1] - self.input_ids.shape[1]
+    def _record(self, rounds: Sequence[RoundRecord], tokens: int) -> GenerationStats:
         self.draft.last_stats = GenerationStats.from_rounds(rounds, tokens, self.watch.seconds(), report())
         return self.draft.last_stats
 
@@ -288,30 +300,7 @@ class _Call:
             )
 
 
-class _Verdicts:
-    """What the user's stopping criteria say of one round's prefixes; each prefix is asked for once, in order."""
-
-    def __init__(self, criteria, state: DecodeState, with_scores: bool):
-        self._criteria, self._state, self._with_scores = criteria, state, with_scores
-        self._verdicts: list[torch.Tensor] = []
-
-    def on_last(self, tokens: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
-        """Whether plain generate() would stop behind `tokens` [1, m], m at least 1."""
-        for count in range(len(self._verdicts) + 1, tokens.shape[1] + 1):
-            prefix = torch.cat([self._state.input_ids, tokens[:, :count]], dim=1)
-            seen = (*self._state.extras["scores"], *scores[:, :count].unbind(1)) if self._with_scores else None
-            self._verdicts.append(self._criteria(prefix, seen))
-        return self._verdicts[tokens.shape[1] - 1]
-
-    def first_stop(self, tokens: torch.Tensor, scores: torch.Tensor | None) -> tuple[int, bool]:
-        """How many of `tokens` [1, m] plain generate() would emit, and whether it would stop there."""
-        self.on_last(tokens, scores)
-        # One more synchronisation a round, only where the user gave criteria: they decide how much is emitted.
-        stops = torch.cat(self._verdicts[: tokens.shape[1]]).tolist()
-        return (stops.index(True) + 1, True) if True in stops else (tokens.shape[1], False)
-
-
-class _Stopwatch:
+class Stopwatch:
     """Seconds spent in named parts; on CUDA by events that are read once, at the end of the call."""
 
     def __init__(self, device: torch.device):
@@ -352,11 +341,6 @@ def _check_request(target: PreTrainedModel, input_ids: torch.Tensor, synced_gpus
         raise ValueError(
             f"{type(target).__name__} attends in both directions (`config.is_decoder` is False): drafted tokens "
             "would change what it says before them. Load it with `is_decoder=True`, or leave out `assistant_model`."
-        )
-    if input_ids.shape[0] > 1:
-        raise ValueError(
-            f"Speculative decoding runs one sequence at a time for now, got {input_ids.shape[0]} (batch size times "
-            "`num_return_sequences`). Call generate() for each prompt, or leave out `assistant_model`."
         )
     if synced_gpus:
         raise ValueError(

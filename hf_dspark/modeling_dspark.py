@@ -104,16 +104,19 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         block_ids: torch.Tensor,  # [B, g]  anchor, then masks
         position_ids: torch.Tensor,  # [B, new+g]
         cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,  # [B, 1, g, keys]  True where seen; None: as the config says
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Hidden states [B, g, H] of the block, which the heads read; the new context and the block enter `cache`.
 
-        They have passed the final norm, but for DeepSeek-V4's, which `compute_logits` norms.
+        They have passed the final norm, but for DeepSeek-V4's, which `compute_logits` norms. `attention_mask` is
+        [B, 1, g, keys], True where seen, for all layers or by their type; None: as the config says.
         Training packs many blocks behind one context, without a cache: then g counts them all and the mask parts them.
         """
         hidden_states = self._embed(block_ids)
         config = self.config
-        masks = dict.fromkeys(config.layer_types, attention_mask)
+        masks = attention_mask
+        if not isinstance(attention_mask, dict):
+            masks = dict.fromkeys(config.layer_types, attention_mask)
         if attention_mask is None:
             num_keys = position_ids.shape[1]
             if cache is not None:

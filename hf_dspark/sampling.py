@@ -138,6 +138,28 @@ class SamplingRule:
             return None
         return self.top_k_warper(logits, exact=exact)
 
+    def draft_token(
+        self, logits: torch.Tensor, prefix: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Distribution | None]:
+        """Drafted tokens [B] and their law [B, 1, K] (None: greedy, or a softmax) from draft logits [B, V].
+
+        Where there is no one `prefix` [B, n], processors that read it are left out: the draft's law may be any.
+        """
+        if self.temperature is not None:
+            return self.temperature_sampler(logits, 1)(logits, logits[:, :0])
+        law = self.sparse_distribution(logits.unsqueeze(1), exact=False)
+        if law is not None:
+            column = self.draw_drafted(law.probs[:, 0])
+            return law.support_ids[:, 0].gather(-1, column.unsqueeze(-1)).squeeze(-1), law
+        processors = self.draft_processors() if prefix is not None else self.processors
+        for processor in processors:
+            if prefix is not None or type(processor) in _PREFIX_FREE:
+                logits = processor(prefix, logits.clone())
+        if not self.do_sample:
+            return logits.argmax(-1), None
+        probs = logits.softmax(-1)
+        return self.draw_drafted(probs), Distribution(probs.unsqueeze(1))
+
     def draw(self, probs: torch.Tensor) -> torch.Tensor:
         """Column [B] drawn from `probs` [B, K] for a token that is emitted: torch.multinomial's random stream."""
         return draw(probs, self.generator)
@@ -203,6 +225,41 @@ def process_scores(
         scores[:, i] = rule.processors(prefix, logits[:, i].clone())
         if goes_on is not None and i < num_drafted and not goes_on(i, scores):
             break
+    return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """Committed tokens of a call's rows, which are of different lengths, and which of them are still going on."""
+
+    ids: torch.Tensor  # [B, C]  all rows, also those that ended; what stands behind a row's length means nothing
+    rows: list[int]  # [R]  those that go on
+    lengths: list[int]  # [R]
+
+
+def process_ragged(
+    rule: SamplingRule,
+    prefixes: Prefixes,
+    draft_ids: torch.Tensor,  # [R, L]
+    logits: torch.Tensor,  # [R, L+1, V]
+) -> torch.Tensor:
+    """`process_scores` for rows of different lengths: processors see all rows of the call, once a length.
+
+    They may hold a number for every row of the call, and count the tokens in front of them. For stateless ones only.
+    """
+    scores, num_drafted = logits.clone(), draft_ids.shape[1]
+    for length in sorted({n + i for n in prefixes.lengths for i in range(num_drafted + 1)}):
+        ids = prefixes.ids[:, :length].clone()
+        batch = logits.new_zeros(len(ids), logits.shape[-1])
+        here = []
+        for index, (row, start) in enumerate(zip(prefixes.rows, prefixes.lengths, strict=True)):
+            if start <= length <= start + num_drafted:
+                ids[row, start:] = draft_ids[index, : length - start]
+                batch[row] = logits[index, length - start]
+                here.append((index, length - start, row))
+        processed = rule.processors(ids, batch)
+        for index, position, row in here:
+            scores[index, position] = processed[row]
     return scores
 
 

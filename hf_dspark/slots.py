@@ -1,7 +1,15 @@
-"""Caches that drafts and batches use, made of transformers' layers."""
+"""Caches that drafts and batches use: windows made of transformers' layers, and slots with a length for every row.
 
-from transformers import Cache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+In a slot cache the n-th token of a sequence lies in slot n of its row, whatever the other rows do. A rejected token's
+slot is overwritten in the next round, so that rolling back costs nothing; masks hide slots behind a row's length.
+"""
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+GROWTH = 256  # slots; caches grow by at least so many
+PADDING = torch.iinfo(torch.long).max  # the slot of what is in no slot
 
 
 def window_cache(window: int, num_layers: int) -> Cache:
@@ -10,3 +18,180 @@ def window_cache(window: int, num_layers: int) -> Cache:
     cache = Cache([DynamicSlidingWindowLayer(window + 1) for _ in range(num_layers)])
     cache.activate_past_recording()
     return cache
+
+
+class SlotCache(Cache):
+    """Keys and values of up to `num_rows` sequences. `place` says where the next forward's tokens go.
+
+    Args:
+        windows: the sliding window of each layer, None where it sees everything. Slots exist for all tokens.
+        num_slots: of a row to begin with; it grows when needed.
+    """
+
+    def __init__(self, windows: list[int | None], num_rows: int, num_slots: int):
+        self.windows, self.num_rows = windows, num_rows
+        self.num_slots = num_slots
+        self.first_row, self.stop = 0, 0
+        self.slots: torch.Tensor | None = None  # [R, T]  of the next forward's tokens
+        super().__init__(layers=[SlotLayer(self) for _ in windows])
+
+    def place(self, slots: torch.Tensor, stop: int, *, first_row: int = 0) -> None:
+        """The next forward writes to `slots` [R, T] of rows from `first_row` on, and reads slots before `stop`.
+
+        Tokens whose slot is not below `stop` are written where nothing is read.
+        """
+        if stop > self.num_slots:
+            self.num_slots = max(stop, self.num_slots + max(GROWTH, self.num_slots // 2))
+        self.first_row, self.stop = first_row, stop
+        self.slots = torch.where(slots < stop, slots, self.num_slots)
+
+    def swap_rows(self, row: int, other: int) -> None:
+        """Exchange two rows."""
+        for layer in self.layers:
+            if layer.is_initialized and row != other:
+                for states in (layer.keys, layer.values):
+                    states[[row, other]] = states[[other, row]]
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer of a SlotCache: keys and values [rows, heads, slots and one that is never read, head size]."""
+
+    is_croppable = True
+
+    def __init__(self, placement: SlotCache):
+        super().__init__()
+        self._placement = placement
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = self._empty(key_states), self._empty(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write states [R, heads, T, head size] to their slots; all that the rows may see of theirs."""
+        place = self._placement
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        elif self.keys.shape[2] <= place.num_slots:
+            self.keys, self.values = self._grown(self.keys), self._grown(self.values)
+        slots = place.slots.to(key_states.device)
+        rows = slice(place.first_row, place.first_row + len(slots))
+        keys, values = self.keys[rows], self.values[rows]
+        row = torch.arange(len(slots), device=slots.device).unsqueeze(-1)
+        keys[row, :, slots] = key_states.transpose(1, 2)
+        values[row, :, slots] = value_states.transpose(1, 2)
+        return keys[:, :, : place.stop], values[:, :, : place.stop]
+
+    def get_seq_length(self) -> int:
+        return self._placement.stop
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._placement.stop, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing to do: what a row has forgotten is hidden by masks, and overwritten."""
+
+    def _empty(self, states: torch.Tensor) -> torch.Tensor:
+        place = self._placement
+        return states.new_zeros(place.num_rows, states.shape[1], place.num_slots + 1, states.shape[3])
+
+    def _grown(self, states: torch.Tensor) -> torch.Tensor:
+        grown = self._empty(states)
+        grown[:, :, : states.shape[2] - 1] = states[:, :, :-1]
+        return grown
+
+
+def why_not_in_slots(cache: Cache) -> str | None:
+    """Why a filled cache's content cannot be moved into slots; None where it can."""
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return f"its cache has a {type(layer).__name__}, which keeps more than keys and values of every token"
+    return None
+
+
+def windows_of(cache: Cache, config) -> list[int | None]:
+    """The sliding window of each layer of a dynamic cache, which a user may have made without the model's config."""
+    layers = DynamicCache(config=config).layers
+    windows = [getattr(layer, "sliding_window", None) for layer in layers] + [None] * len(cache.layers)
+    return [getattr(layer, "sliding_window", w) for layer, w in zip(cache.layers, windows, strict=False)]
+
+
+def move_into_slots(cache: Cache, slots: torch.Tensor, into: SlotCache, *, first_row: int = 0) -> None:
+    """Copy a dynamic cache of R rows and n columns to slots [R, n]; padding's slot is PADDING."""
+    into.place(slots, slots.shape[1], first_row=first_row)
+    placed = into.slots
+    for source, layer in zip(cache.layers, into.layers, strict=True):
+        if source.is_initialized:
+            into.slots = placed[:, -source.keys.shape[2] :]  # a sliding layer has only the last columns
+            layer.update(source.keys, source.values)
+
+
+def move_out_of_slots(source: SlotCache, slots: torch.Tensor, into: Cache, rows: torch.Tensor) -> None:
+    """Fill a dynamic cache with the columns of `rows` [R] whose slots [R, n] are given; a column without one is 0."""
+    num_columns = slots.shape[1]
+    for layer, target in zip(source.layers, into.layers, strict=True):
+        if not layer.is_initialized:
+            continue
+        own = slots.to(layer.device)
+        window = getattr(target, "sliding_window", None)
+        if window is not None:
+            own = own[:, -window + 1 :]
+            target.cumulative_length = num_columns
+        is_there = own < source.num_slots
+        row = rows.to(own.device).unsqueeze(-1)
+        index = torch.where(is_there, own, source.num_slots)
+        for name in ("keys", "values"):
+            columns = getattr(layer, name)[row, :, index] * is_there[..., None, None]
+            setattr(target, name, columns.transpose(1, 2).contiguous())
+
+
+def slot_masks(
+    slots: torch.Tensor,  # [R, T]  of the queries
+    stop: int,
+    windows: list[int | None],
+    *,
+    dtype: torch.dtype | None,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Masks [R, 1, T, stop] of a forward over tokens in `slots`: each sees its own slot and those before it.
+
+    Bool, True where seen; with `dtype` a number to be added to scores. A tensor where all layers see alike, else a
+    tensor for each layer type.
+    """
+    keys = torch.arange(stop, device=slots.device)
+    distance = slots.unsqueeze(-1) - keys
+    masks = {}
+    for window in dict.fromkeys(windows):
+        seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        if dtype is not None:
+            seen = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        masks["full_attention" if window is None else "sliding_attention"] = seen.unsqueeze(1)
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def draft_slot_masks(
+    anchor_slots: torch.Tensor,  # [R]
+    first_slots: torch.Tensor,  # [R]  the context begins there
+    num_inputs: int,
+    stop: int,
+    layer_types: list[str],
+    *,
+    causal: bool,
+    window: int | None,
+) -> dict[str, torch.Tensor]:
+    """`attention.draft_masks` for rows of a slot cache: masks [R, 1, num_inputs, stop] for each layer type."""
+    keys = torch.arange(stop, device=anchor_slots.device)
+    start = anchor_slots.view(-1, 1, 1)
+    rows = start + torch.arange(num_inputs, device=keys.device).view(1, -1, 1)
+    masks = {}
+    for layer_type in set(layer_types):
+        is_sliding = layer_type == "sliding_attention"
+        is_causal = causal and (is_sliding or "sliding_attention" not in layer_types)
+        first = first_slots.view(-1, 1, 1)
+        if is_sliding:
+            first = torch.maximum(first, start - window)
+        last = rows if is_causal else start + num_inputs - 1
+        masks[layer_type] = ((keys >= first) & (keys <= last)).unsqueeze(1)
+    return masks

@@ -84,7 +84,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """One round as it happened. Tensors stay on their device until a property reads them."""
+    """One round of one sequence as it happened. Tensors stay on their device until a property reads them."""
 
     draft_ids: torch.Tensor | None  # [1, g]; None: nothing was drafted
     emitted_ids: torch.Tensor  # [1, m]  tokens this round added to the sequence
@@ -92,19 +92,30 @@ class RoundRecord:
     num_accepted: int
     confidence_logits: torch.Tensor | None  # [1, g]  raw; None without a confidence head
     confidence_temperatures: Sequence[float] | None = None  # as in the block
+    row: int = 0  # of the batch: every row has a record of each of its rounds
 
     @classmethod
     def of(
-        cls, block: DraftBlock | None, verify_length: int, num_accepted: int, emitted_ids: torch.Tensor
+        cls,
+        block: DraftBlock | None,
+        verify_length: int,
+        num_accepted: int,
+        emitted_ids: torch.Tensor,
+        *,
+        row: int = 0,
+        row_of_block: int = 0,
     ) -> RoundRecord:
-        """The record of a round that drafted `block` (None: nothing)."""
+        """The record of a round that drafted `block` (None: nothing), or of one row of it."""
+        of_row = slice(row_of_block, row_of_block + 1)
+        confidence = None if block is None else block.confidence_logits
         return cls(
-            draft_ids=None if block is None else block.token_ids,
+            draft_ids=None if block is None else block.token_ids[of_row],
             emitted_ids=emitted_ids,
             verify_length=verify_length,
             num_accepted=num_accepted,
-            confidence_logits=None if block is None else block.confidence_logits,
+            confidence_logits=None if confidence is None else confidence[of_row],
             confidence_temperatures=None if block is None else block.confidence_temperatures,
+            row=row,
         )
 
     @property

@@ -115,7 +115,7 @@ def _acceptance():
     arguments = dict.fromkeys(("target_stride", "draft_stride", "length", "num_columns"), "i32")
     arguments |= dict.fromkeys(("target_logits", "draft_logits", "norms", "largest"), "*fp32")
     arguments |= {"temperature": "fp32", "masses": "*fp64", "shares": "*fp64", "uniforms": "*fp64"}
-    arguments |= dict.fromkeys(("draft_ids", "num_accepted", "token_ids"), "*i64")
+    arguments |= dict.fromkeys(("draft_ids", "limits", "num_accepted", "token_ids"), "*i64")
     arguments |= {"BLOCK_V": acceptance.BLOCK_V, "BLOCK_TILES": 128, "BLOCK_LINES": 16}
     decide = arguments | {"uniforms": "*fp32"}
     yield Build("summarise_kernel", acceptance.summarise_kernel, arguments, acceptance.OPTIONS)

@@ -48,31 +48,53 @@ class _Streamer:
         pass
 
 
-@pytest.mark.parametrize("batch_size", [1])
+# What a round reads besides its decision, and which file reads it: with one row, and with several.
+READERS = {
+    1: {
+        "decision": ("generate", "tolist"),
+        "confidences": ("candidate_generator", "tolist"),
+        "criteria": ("terms", "tolist"),
+        "streamer": ("generate", "cpu"),
+        "ties": ("sampling", "tolist"),
+    },
+    8: {
+        "decision": ("batch", "tolist"),
+        "confidences": ("batch", "tolist"),
+        "criteria": ("terms", "tolist"),
+        "streamer": ("batch_call", "cpu"),
+        "ties": ("sampling", "tolist"),
+        "once a call": ("batch_call", "tolist"),
+    },
+}
+
+
+@pytest.mark.parametrize("batch_size", READERS)
 @pytest.mark.parametrize(
-    ("kwargs", "second_read"),
+    ("kwargs", "second"),
     [
         ({}, None),
         ({"do_sample": True, "top_k": 0}, None),
         ({"do_sample": True, "top_k": 0, "temperature": 0.7, "top_p": 0.9}, None),
-        ({"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9}, ("sampling", "tolist")),
-        ({"repetition_penalty": 1.2, "eos_token_id": [3, 5]}, None),
-        ({"streamer": _Streamer()}, ("generate", "cpu")),
-        ({"schedule": ConfidenceThreshold(0.4)}, ("candidate_generator", "tolist")),
-        ({"stopping_criteria": [_Never()]}, ("generate", "tolist")),
-        ({"max_time": 100.0}, ("generate", "tolist")),
+        ({"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9}, "ties"),
+        ({"repetition_penalty": 1.2, "eos_token_id": [3, 5], "pad_token_id": 0}, None),
+        ({"streamer": _Streamer()}, "streamer"),
+        ({"schedule": ConfidenceThreshold(0.4)}, "confidences"),
+        ({"stopping_criteria": [_Never()]}, "criteria"),
+        ({"max_time": 100.0}, "criteria"),
     ],
 )
-def test_a_round_reads_the_device_once_and_once_more_only_where_it_must(count_work, kwargs, second_read, batch_size):
+def test_a_round_reads_the_device_once_and_once_more_only_where_it_must(count_work, kwargs, second, batch_size):
     target = make_tiny_target("qwen3", seed=0)
     draft = make_tiny_draft(target)
     prompts = torch.cat([random_prompt(64, 9, seed) for seed in range(batch_size)])
     reads, calls = count_work(target, draft)
     torch.manual_seed(0)
     target.generate(prompts, assistant_model=draft, **{"do_sample": False, "max_new_tokens": 20} | kwargs)
-    # The prefill decides a token, too.
-    expected = Counter({("generate", "tolist"): calls["target"]})
-    if second_read is not None:  # the schedule is asked only where something was drafted
-        expected[second_read] += calls["draft" if second_read[0] == "candidate_generator" else "target"]
+    readers = READERS[batch_size]
+    expected = Counter({readers["decision"]: calls["target"]})  # the prefill decides a token, too
+    if second is not None:  # the schedule is asked only where something was drafted
+        expected[readers[second]] += calls["draft" if second == "confidences" else "target"]
+    if "once a call" in readers:
+        expected[readers["once a call"]] += 1
     assert reads == expected
     assert calls["target"] > 4

@@ -17,12 +17,15 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 MAX_VOCAB = BLOCK_V * 1024
 
 
-def why_not_accept_and_draw(target_logits, draft_ids, draft_logits, uniforms, temperature, generator) -> str | None:
+def why_not_accept_and_draw(
+    target_logits, draft_ids, draft_logits, uniforms, temperature, generator, limits=None
+) -> str | None:
     """The reason why `accept_and_draw` cannot serve; None where it can."""
     tensors = (target_logits, draft_logits, uniforms)
+    numbers = (draft_ids,) if limits is None else (draft_ids, limits)
     if any(tensor.dtype != torch.float32 for tensor in tensors):
         return f"logits and uniforms of {', '.join(str(tensor.dtype) for tensor in tensors)}"
-    if len({tensor.device for tensor in (*tensors, draft_ids)}) > 1:
+    if len({tensor.device for tensor in (*tensors, *numbers)}) > 1:
         return "its arguments are on several devices"
     if target_logits.shape[-1] != draft_logits.shape[-1]:
         return f"vocabularies of {target_logits.shape[-1]} and {draft_logits.shape[-1]} tokens"
@@ -31,7 +34,7 @@ def why_not_accept_and_draw(target_logits, draft_ids, draft_logits, uniforms, te
     return None
 
 
-def accept_and_draw(target_logits, draft_ids, draft_logits, uniforms, temperature, generator) -> Choice:
+def accept_and_draw(target_logits, draft_ids, draft_logits, uniforms, temperature, generator, limits=None) -> Choice:
     """Twin of `accept.accept_and_draw`; the token after the accepted ones takes one uniform number of `generator`."""
     num_rows, length = draft_ids.shape
     num_columns = target_logits.shape[-1]
@@ -47,7 +50,8 @@ def accept_and_draw(target_logits, draft_ids, draft_logits, uniforms, temperatur
     token_ids = draft_ids.new_empty(num_rows, length + 1)
     strides = (target_logits.stride(0), draft_logits.stride(0))
     logits = (target_logits, draft_logits, *strides, float(temperature), length, num_columns)
-    decision = (draft_ids.contiguous(), num_accepted, norms, shares)
+    limits = None if limits is None else limits.contiguous()
+    decision = (draft_ids.contiguous(), limits, num_accepted, norms, shares)
     blocks = {"BLOCK_V": BLOCK_V, **OPTIONS}
     tiles = blocks | {"BLOCK_TILES": triton.next_power_of_2(num_tiles)}
     # Blocks of up to 15 tokens share one compiled kernel.
@@ -133,6 +137,14 @@ def _laws_at(
     return target_probs.to(tl.float64), tl.maximum(target_probs - draft_probs, 0.0).to(tl.float64)
 
 
+@triton.jit
+def _limit_of(row, limits, length):
+    limit = length
+    if limits is not None:
+        limit = tl.minimum(tl.load(limits + row), length).to(tl.int32)
+    return limit
+
+
 @triton.jit(do_not_specialize=["length"])
 def decide_kernel(
     target_logits,
@@ -143,6 +155,7 @@ def decide_kernel(
     length,
     num_columns,
     draft_ids,  # [B, L]
+    limits,  # [B]  drafted tokens that are considered; None: all
     num_accepted,  # [B]  written
     norms,  # [B, 4]  fp32, written: of the line behind the accepted tokens, largest logit and sum, target and draft
     shares,  # [B, 2, tiles]  fp64, written: mass of the target's law there, and of the residual
@@ -157,7 +170,8 @@ def decide_kernel(
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_tiles = tl.num_programs(0)
     k = tl.arange(0, BLOCK_LINES)
-    is_drafted = k < length
+    limit = _limit_of(row, limits, length)
+    is_drafted = k < limit
     line = row * (2 * length + 1) + k
     target_tops, target_totals = _norms(largest, masses, line, k <= length, num_tiles, temperature, BLOCK_TILES)
     line += length + 1
@@ -179,7 +193,7 @@ def decide_kernel(
         draft_logits + kept * num_columns,
         tile * BLOCK_V + tl.arange(0, BLOCK_V),
         num_columns,
-        tl.where(kept < length, num_columns, 0),
+        tl.where(kept < limit, num_columns, 0),
         temperature,
         target_top,
         target_total,
@@ -208,6 +222,7 @@ def draw_kernel(
     length,
     num_columns,
     draft_ids,
+    limits,
     num_accepted,
     norms,
     shares,
@@ -227,6 +242,7 @@ def draw_kernel(
     residual_mass = tl.load(shares + num_tiles, mask=is_tile, other=0.0)
     has_residual = tl.sum(residual_mass, 0) > 0
     mass = tl.where(has_residual, residual_mass, target_mass)
+    limit = _limit_of(row, limits, length)
     share = tl.load(uniforms + row) * tl.sum(mass, 0)
     tile, before = find_share(mass, share, BLOCK_TILES)
     norms += row * 4
@@ -235,7 +251,7 @@ def draw_kernel(
         draft_logits + row * draft_stride + kept * num_columns,
         tile * BLOCK_V + tl.arange(0, BLOCK_V),
         num_columns,
-        tl.where(kept < length, num_columns, 0),
+        tl.where(kept < limit, num_columns, 0),
         temperature,
         tl.load(norms),
         tl.load(norms + 1),

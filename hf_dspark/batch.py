@@ -1,0 +1,395 @@
+"""The rounds of several sequences at once: rows of slot caches, each with a length of its own.
+
+The steps and their order are those of `generate.py`. Rows come in (`admit`) and go out when they end, so that an ended
+row costs nothing; one that verified fewer tokens, or had fewer accepted, does not hold the others up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from .accept import choose_tokens
+from .agreement import Agreement
+from .attention_interface import NAME as BLOCK_ATTENTION
+from .compat import CACHE
+from .draft import draft_block, join_laws
+from .features import FeatureTap
+from .sampling import Prefixes
+from .schedule import Schedule
+from .slots import GROWTH, PADDING, SlotCache, draft_slot_masks, move_into_slots, slot_masks, windows_of
+from .state import Choice, Distribution, DraftBlock, RoundRecord
+from .terms import Terms
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One sequence. Its columns are its prompt, with padding, and its new tokens."""
+
+    index: int  # in the call it belongs to
+    terms: Terms  # of that call
+    length: int  # committed columns
+    num_slots: int  # committed tokens; the last of them, the anchor, is in no cache yet
+    place: int = -1  # in the batch's buffers
+    num_emitted: int = 0  # new tokens
+    ended: bool = False  # what is added now is padding
+    records: list[RoundRecord] = field(default_factory=list)
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.terms.max_length - self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What one round adds to R rows."""
+
+    token_ids: torch.Tensor  # [R, L+1]  accepted tokens and the target's own; only the first `counts` are emitted
+    counts: list[int]
+    num_accepted: list[int]
+    finished: list[bool]
+    scores: torch.Tensor | None  # as in Choice, where all rows are of one call
+
+
+Emit = Callable[[list[Row], torch.Tensor, torch.Tensor, DraftBlock | None, torch.Tensor | None], Emission]
+
+
+class RowBatch:
+    """The rows of a batch, their caches, and the rounds over them.
+
+    Args:
+        draft: bound to `target`.
+        tap: open while rows are admitted and rounds run.
+        num_rows: at most so many rows at a time.
+        num_slots: of a row to begin with.
+    """
+
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        target: PreTrainedModel,
+        tap: FeatureTap,
+        schedule: Schedule,
+        *,
+        num_rows: int,
+        num_slots: int,
+    ):
+        self.draft, self.target, self.tap, self.schedule = draft, target, tap, schedule
+        self.agreement = Agreement(target)
+        self.rows: list[Row] = []
+        self.cache: SlotCache | None = None  # the target's; its layers are known after the first prefill
+        self.draft_cache = SlotCache([None] * draft.config.num_hidden_layers, num_rows, num_slots)
+        self.token_types: tuple[str, ...] = ()  # arguments of the target that name a type for every token
+        device = target.get_input_embeddings().weight.device
+        self.ids = torch.zeros(num_rows, num_slots + 1, dtype=torch.long, device=device)  # the last column is junk
+        # By place: columns; columns in no slot; what a position is above its slot; where the draft's context begins.
+        columns = torch.zeros(4, num_rows, dtype=torch.long, device=device)
+        self.lengths, self.paddings, self.shifts, self.starts = columns
+        # Features [R, w, m*H] that the draft has not read, and their slots [R, w].
+        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._laws: dict[int, list[Distribution | None]] = {}  # of the last block's tokens, by call
+        self._calls: dict[int, list[Row]] = {}  # all rows of each call that goes on
+
+    # rows in and out
+
+    def admit(self, rows: list[Row], input_ids, cache, slots, positions, features, token_types=()) -> None:
+        """Take in the rows of one prefill, whose first new token is still to be chosen.
+
+        Args:
+            input_ids: [k, n], with padding.
+            cache: the prefill's dynamic cache, of C columns; it may hold more than this prompt.
+            slots: [k, C] of its columns; PADDING where a column is none of a row's tokens.
+            positions: [k] of the last column.
+            features: [k, n, m*H] of the last n columns.
+            token_types: arguments of the target that name a type for every token.
+        """
+        first, last = len(self.rows), len(self.rows) + len(rows)
+        if self.cache is None:
+            windows = windows_of(cache, self.target.config.get_text_config(decoder=True))
+            self.cache = SlotCache(windows, len(self.ids), self.draft_cache.num_slots)
+        move_into_slots(cache, slots, self.cache, first_row=first)
+        self.token_types = token_types
+        self._widen(input_ids.shape[1])
+        self.ids[first:last, : input_ids.shape[1]] = input_ids
+        self.lengths[first:last] = input_ids.shape[1]
+        self.paddings[first:last] = input_ids.shape[1] - 1 - slots[:, -1]
+        self.shifts[first:last] = positions - slots[:, -1]
+        own = slots[:, -features.shape[1] :]
+        self.starts[first:last] = own.min(-1).values
+        for place, row in enumerate(rows, first):
+            row.place = place
+            self._calls.setdefault(id(row.terms), []).append(row)
+        self.rows += rows
+        if first == 0:
+            self.pending = [(features, own)]
+        else:  # the others would be padded to this prompt's length
+            self._draft(features, own, rows, num_tokens=1)
+
+    def drop(self, finished: list[Row]) -> None:
+        """Move ended rows behind the others; they stay as they are until another row takes their place."""
+        order = list(range(len(self.rows)))
+        for row in sorted(finished, key=lambda row: -row.place):
+            place, moved = row.place, self.rows.pop()
+            last = moved.place
+            if place != last:
+                self.cache.swap_rows(place, last)
+                self.draft_cache.swap_rows(place, last)
+                self.rows[place], moved.place, row.place = moved, place, last
+                order[place], order[last] = order[last], order[place]
+        going_on = {id(row.terms) for row in self.rows}
+        self._calls = {call: rows for call, rows in self._calls.items() if call in going_on}
+        index = torch.tensor(order, device=self.ids.device)
+        for buffer in (self.ids, self.lengths, self.paddings, self.shifts, self.starts):
+            buffer[: len(order)] = buffer[: len(order)][index]
+        kept = index[: len(self.rows)]
+        self.pending = [(features[kept.to(features.device)], slots[kept]) for features, slots in self.pending]
+
+    def take_back(self, rows: list[Row]) -> None:
+        """Count dropped rows again, all that ever came in."""
+        self.rows = sorted(rows, key=lambda row: row.place)
+
+    # a round
+
+    def round(self, watch, emit: Emit | None = None) -> tuple[Emission, torch.Tensor, Any]:
+        """Draft, schedule, verify, accept and commit, for all rows; parts of it are timed by `watch`.
+
+        `emit` is called in place of this class's own, with the same arguments. Returns what was emitted, and the
+        target's logits and outputs.
+        """
+        with watch.part("draft"):
+            block = self.propose()
+            limits, lengths = self._verify_lengths(block)
+        width = max(lengths)
+        draft_ids = self.ids[: len(self.rows), :0] if block is None else block.token_ids[:, :width].to(self.ids.device)
+        with watch.part("verify"):
+            logits, outputs = self.verify(draft_ids)
+        emission = (emit or self.emit)(self.rows, logits, draft_ids, block, limits)
+        self.hand_over(self.tap.take(outputs), emission)
+        self.commit(self.rows, emission)
+        for place, (row, count) in enumerate(zip(self.rows, emission.counts, strict=True)):
+            if row.ended:
+                continue
+            emitted = emission.token_ids[place : place + 1, :count]
+            figures = (lengths[place], emission.num_accepted[place], emitted)
+            row.records.append(RoundRecord.of(block, *figures, row=row.index, row_of_block=place))
+        verified = None if block is None else width * len(self.rows)
+        self.schedule.observe(sum(emission.counts), verified, num_requests=len(self.rows))
+        return emission, logits, outputs
+
+    def propose(self) -> DraftBlock | None:
+        """Draft a block for every row; None where there is nothing to draft."""
+        config, schedule = self.draft.config, self.schedule
+        limit = config.block_size if schedule.num_tokens is None else schedule.num_tokens
+        num_tokens = min(config.block_size, limit, max(row.room for row in self.rows) - 1)
+        if num_tokens < 1 or not schedule.should_draft():
+            return None
+        features = torch.cat([part for part, _ in self.pending], dim=1)
+        slots = torch.cat([part for _, part in self.pending], dim=1)
+        self.pending = []
+        self._laws = {}
+        block = self._draft(features, slots, self.rows, num_tokens=num_tokens, sampler=self._sampler(num_tokens))
+        token_ids = block.token_ids
+        if self.agreement.is_needed:
+            token_ids = self.agreement.of_first(token_ids)
+        return replace(block, token_ids=token_ids)
+
+    def verify(self, draft_ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Logits [R, L+1, V] of the target, in fp32, after the anchors and each of `draft_ids` [R, L]; its outputs."""
+        columns = torch.arange(draft_ids.shape[1] + 1, device=self.ids.device)
+        slots = self._anchor_slots(self.rows).unsqueeze(-1) + columns
+        stop = max(row.num_slots for row in self.rows) + draft_ids.shape[1]
+        self.cache.place(slots, stop)
+        tokens = torch.cat([self._anchors(self.rows).unsqueeze(-1), draft_ids], dim=1)
+        arguments = {"position_ids": self._positions(slots, self.rows), CACHE: self.cache, "use_cache": True}
+        arguments |= self._attention(slots, stop) | self.tap.forward_kwargs
+        arguments |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
+        with self.target._optimize_model_for_decode():
+            outputs = self.target(tokens, **arguments, return_dict=True)
+        return outputs.logits.to(self.ids.device, torch.float32), outputs
+
+    def emit(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Emission:
+        """Accept, add the target's own token, and stop where plain generate() would.
+
+        `limits` [R]: how many of a row's drafted tokens are considered; None: all.
+        """
+        choice = self._choose(rows, logits, draft_ids, block, limits)
+        tokens, counts, num_accepted, at_eos = self.read(choice, rows)
+        finished = [n >= row.room or stop for n, stop, row in zip(counts, at_eos, rows, strict=True)]
+        counts = [min(n, row.room) for n, row in zip(counts, rows, strict=True)]
+        return Emission(tokens, counts, num_accepted, finished, choice.scores)
+
+    def read(self, choice: Choice, rows: list[Row]) -> tuple[torch.Tensor, list[int], list[int], list[bool]]:
+        """Tokens [R, L+1] of a choice, and on the host of each row: tokens up to EOS, accepted ones, is EOS there."""
+        tokens, num_accepted = choice.token_ids, choice.num_accepted
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        is_eos = torch.zeros_like(tokens, dtype=torch.bool)
+        for terms, group in _groups(rows):
+            if terms.eos_ids is not None:
+                is_eos[group] = torch.isin(tokens[group], terms.eos_ids)
+        is_eos &= column <= num_accepted.unsqueeze(-1)
+        at_eos = is_eos.any(-1)
+        counts = torch.where(at_eos, is_eos.long().argmax(-1) + 1, num_accepted + 1)
+        figures = torch.stack([counts, num_accepted, at_eos.long()])
+        if self.agreement.is_needed:
+            tokens, figures = self.agreement.of_first(tokens), self.agreement.of_first(figures)
+        # The one synchronisation of every round: which rows go on, and where they stand.
+        counts, num_accepted, at_eos = figures.tolist()
+        return tokens, counts, num_accepted, [bool(stop) for stop in at_eos]
+
+    def law_of(self, terms: Terms) -> Distribution | None:
+        """The law of the last block's tokens in the rows of a call."""
+        return join_laws(self._laws.get(id(terms), [None]))
+
+    def hand_over(self, features: torch.Tensor, emission: Emission) -> None:
+        """Keep the features [R, L+1, m*H] of tokens that stay for the draft; call before `commit`."""
+        columns = torch.arange(features.shape[1], device=self.ids.device)
+        counts = torch.tensor(emission.counts, device=self.ids.device).unsqueeze(-1)
+        slots = self._anchor_slots(self.rows).unsqueeze(-1) + columns
+        self.pending.append((features, torch.where(columns < counts, slots, PADDING)))
+
+    def commit(self, rows: list[Row], emission: Emission) -> None:
+        """Make the emitted tokens part of `rows`, which lie side by side."""
+        tokens, counts = emission.token_ids, torch.tensor(emission.counts, device=self.ids.device)
+        own = slice(rows[0].place, rows[0].place + len(rows))
+        self._widen(max(row.length for row in rows) + tokens.shape[1])
+        offsets = torch.arange(tokens.shape[1], device=self.ids.device)
+        columns = self.lengths[own, None] + offsets
+        columns = torch.where(offsets < counts.unsqueeze(-1), columns, self.ids.shape[1] - 1)
+        self.ids[own] = self.ids[own].scatter(1, columns, tokens)
+        self.lengths[own] += counts
+        for row, count in zip(rows, emission.counts, strict=True):
+            row.length += count
+            row.num_slots += count
+            row.num_emitted += 0 if row.ended else count
+
+    # parts
+
+    def _draft(self, features, slots, rows: list[Row], *, num_tokens: int, sampler=None) -> DraftBlock:
+        """A block for `rows`, which lie side by side; their new context `features` [R, w, m*H] goes to `slots`."""
+        config, cache = self.draft.config, self.draft_cache
+        device, own = self.draft.device, slice(rows[0].place, rows[0].place + len(rows))
+        anchor_slots = self._anchor_slots(rows)
+        inputs = anchor_slots.unsqueeze(-1) + torch.arange(config.num_block_inputs, device=self.ids.device)
+        all_slots = torch.cat([slots, inputs], dim=1)
+        stop = max(row.num_slots for row in rows) - 1 + config.num_block_inputs
+        cache.place(all_slots, stop, first_row=rows[0].place)
+        settings = {"causal": config.causal, "window": config.sliding_window}
+        masks = draft_slot_masks(
+            anchor_slots, self.starts[own], config.num_block_inputs, stop, config.layer_types, **settings
+        )
+        return draft_block(
+            self.draft,
+            features.to(device),
+            self._anchors(rows).to(device),
+            cache,
+            position_ids=self._positions(all_slots, rows).to(device),
+            num_tokens=num_tokens,
+            sampler=sampler,
+            attention_mask={name: mask.to(device) for name, mask in masks.items()},
+        )
+
+    def _sampler(self, num_tokens: int):
+        """One for the whole block where the rows' rules allow it."""
+        rules = [terms.rule for terms, _ in _groups(self.rows)]
+        is_drawn = any(rule.do_sample for rule in rules)
+        if any(rule.temperature is None for rule in rules) or (is_drawn and len(rules) > 1):
+            return self._sample
+        return rules[0].temperature_sampler(self.ids[: len(self.rows)], num_tokens)
+
+    def _sample(self, logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """A drafted token for each row, by the rule of its call; the laws are kept by call."""
+        logits = logits.to(self.ids.device)
+        tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+        for terms, group in _groups(self.rows):
+            prefix = None
+            if len(group) == 1:
+                row = self.rows[group[0]]
+                prefix = torch.cat([self.ids[row.place, : row.length], drafted_ids[group[0]].to(self.ids.device)])
+            part, law = terms.rule.draft_token(logits[group], None if prefix is None else prefix.unsqueeze(0))
+            tokens[group] = part
+            self._laws.setdefault(id(terms), []).append(law)
+        return tokens, None
+
+    def _verify_lengths(self, block: DraftBlock | None) -> tuple[torch.Tensor | None, list[int]]:
+        """How many of each row's tokens the target is to confirm: [R] (None: all), and on the host."""
+        if block is None or not self.schedule.needs_confidence:
+            return None, [0 if block is None else block.token_ids.shape[1]] * len(self.rows)
+        limits = self.schedule(block.confidence).to(self.ids.device)
+        if self.agreement.is_needed:
+            limits = self.agreement.of_first(limits)
+        # The width of the verification is a shape, which the host must know: one synchronisation a round.
+        return limits, limits.tolist()
+
+    def _choose(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Choice:
+        """`choose_tokens` for the rows of each call, by that call's rule."""
+        groups, choices = _groups(rows), []
+        for terms, group in groups:
+            is_all = len(group) == len(rows)
+            index = slice(None) if is_all else torch.tensor(group, device=logits.device)
+            prefixes = None if terms.rule.is_prefix_free else self._prefixes([rows[i] for i in group])
+            own = None if block is None else rows_of(block, index, self.law_of(terms))
+            arguments = (self.ids[: len(group), :0], logits[index], draft_ids[index], own)
+            own_limits = None if limits is None else limits[index]
+            choice = choose_tokens(terms.rule, *arguments, limits=own_limits, prefixes=prefixes)
+            if is_all:
+                return choice
+            choices.append(choice)
+        order = torch.tensor([i for _, group in groups for i in group], device=logits.device).argsort()
+        tokens = torch.cat([choice.token_ids for choice in choices])[order]
+        return Choice(tokens, torch.cat([choice.num_accepted for choice in choices])[order], None)
+
+    def _prefixes(self, rows: list[Row]) -> Prefixes:
+        """The tokens of all rows of a call, in its order, for processors that count rows."""
+        places = [row.place for row in sorted(self._calls[id(rows[0].terms)], key=lambda row: row.index)]
+        return Prefixes(self.ids[places], [row.index for row in rows], [row.length for row in rows])
+
+    def _attention(self, slots: torch.Tensor, stop: int) -> dict[str, Any]:
+        """What tells the target's attention which slots are seen."""
+        implementation = self.target.get_decoder().config._attn_implementation
+        if implementation == BLOCK_ATTENTION:  # any mask of four axes keeps the model from making one of its own
+            lengths = slots[:, -1] + 1
+            return {"attention_mask": _no_mask(self.cache.windows, slots.device), "kv_lengths": lengths}
+        dtype = None if implementation == "sdpa" else self.target.dtype
+        return {"attention_mask": slot_masks(slots, stop, self.cache.windows, dtype=dtype)}
+
+    def _anchors(self, rows: list[Row]) -> torch.Tensor:
+        own = slice(rows[0].place, rows[0].place + len(rows))
+        return self.ids[own].gather(1, self.lengths[own, None] - 1).squeeze(1)
+
+    def _anchor_slots(self, rows: list[Row]) -> torch.Tensor:
+        own = slice(rows[0].place, rows[0].place + len(rows))
+        return self.lengths[own] - 1 - self.paddings[own]
+
+    def _positions(self, slots: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+        """Positions [R, T] of slots; what is in none, and drafted tokens behind the last that fits, are anywhere."""
+        own = slice(rows[0].place, rows[0].place + len(rows))
+        last = torch.tensor([row.num_slots + row.room - 1 for row in rows], device=slots.device).unsqueeze(-1)
+        return torch.where(slots == PADDING, 0, torch.minimum(slots, last)) + self.shifts[own, None]
+
+    def _widen(self, num_columns: int) -> None:
+        if num_columns >= self.ids.shape[1]:
+            self.ids = pad(self.ids, (0, num_columns - self.ids.shape[1] + 1 + GROWTH))
+
+
+def _groups(rows: list[Row]) -> list[tuple[Terms, list[int]]]:
+    """The rows of each call, by their index in `rows`."""
+    groups: dict[int, tuple[Terms, list[int]]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(id(row.terms), (row.terms, []))[1].append(index)
+    return list(groups.values())
+
+
+def rows_of(block: DraftBlock, index, law: Distribution | None) -> DraftBlock:
+    """Some rows of a block, as far as acceptance reads them."""
+    return replace(block, token_ids=block.token_ids[index], draft_logits=block.draft_logits[index], distribution=law)
+
+
+def _no_mask(windows: list[int | None], device: torch.device):
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    if len(set(windows)) == 1:
+        return mask
+    return {"full_attention": mask, "sliding_attention": mask}

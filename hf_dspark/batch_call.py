@@ -1,0 +1,220 @@
+"""One generate() call over several rows: prefill, rounds of a RowBatch until all rows ended, and what it returns.
+
+Rows go on at their own pace. Where something sees all rows at once after each token (stopping criteria of the user's,
+processors that keep a state, streamers, collected scores), they keep in step: a round adds to each as many tokens as
+to the one that accepted fewest, which leaves each row's law as it is.
+"""
+
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationConfig, PreTrainedModel
+
+from .accept import choose_tokens
+from .batch import Emission, Row, RowBatch, rows_of
+from .features import FeatureTap
+from .schedule import Schedule
+from .slots import PADDING, move_out_of_slots, why_not_in_slots
+from .state import DecodeState, DraftBlock, RoundRecord, Verification
+from .terms import Terms, Verdicts
+from .verify import TOKEN_TYPES, extras_of_tokens
+
+_ATTENTIONS = ("eager", "sdpa", "dspark")
+
+
+class BatchCall:
+    """The call's rows, and after `run` what it collected."""
+
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        target: PreTrainedModel,
+        input_ids: torch.Tensor,  # [B, n]
+        terms: Terms,
+        config: GenerationConfig,
+        schedule: Schedule,
+        watch,
+    ):
+        self.draft, self.target, self.input_ids = draft, target, input_ids
+        self.terms, self.config, self.schedule, self.watch = terms, config, schedule, watch
+        self.rows: list[Row] = []
+        self.extras: dict[str, Any] = {}
+
+    @property
+    def records(self) -> tuple[RoundRecord, ...]:
+        """All rows' rounds, row by row."""
+        return tuple(record for row in self.rows for record in row.records)
+
+    def run(
+        self, model_kwargs: dict[str, Any], cache: Cache, tap: FeatureTap, streamer, *, returns_cache: bool
+    ) -> torch.Tensor:
+        """Token ids [B, m] as plain generate() returns them; `cache` holds what its own would where it is returned."""
+        self._check(model_kwargs)
+        with self.watch.part("prefill"):
+            arguments = model_kwargs | tap.forward_kwargs
+            outputs = self.target._prefill(
+                self.input_ids, self.config, arguments, is_first_iteration=not self.config.is_assistant
+            )
+        slots = self._slots(model_kwargs, cache)
+        batch = self._admit(model_kwargs, cache, slots, tap, outputs)
+        logits = outputs.logits[:, -1:].to(self.input_ids.device, torch.float32, copy=True)
+        in_step = self._in_step(batch, streamer)
+        emit = batch.emit if in_step is None else in_step.emit
+        nothing = self.input_ids[:, :0]
+        emission = emit(batch.rows, logits, nothing, None, None)
+        batch.commit(batch.rows, emission)
+        while True:
+            if in_step is not None:
+                in_step.collect(emission, logits, outputs)
+                if in_step.is_over:
+                    break
+            else:
+                batch.drop([row for row, ended in zip(batch.rows, emission.finished, strict=True) if ended])
+                if not batch.rows:
+                    break
+            emission, logits, outputs = batch.round(self.watch, emit)
+        if returns_cache:
+            self._give_back(batch, cache, slots)
+        if in_step is not None:
+            self.extras = {name: tuple(entries) for name, entries in in_step.state.extras.items()}
+        if streamer is not None:
+            streamer.end()
+        return self._sequences(batch)
+
+    def _admit(self, model_kwargs, cache: Cache, slots: torch.Tensor, tap: FeatureTap, outputs: Any) -> RowBatch:
+        counts = (slots[:, -1] + 1).tolist()
+        length = self.input_ids.shape[1]
+        self.rows = [Row(i, self.terms, length, count) for i, count in enumerate(counts)]
+        num_slots = max(counts) + self.draft.config.num_block_inputs
+        sizes = {"num_rows": len(self.rows), "num_slots": num_slots}
+        batch = RowBatch(self.draft, self.target, tap, self.schedule, **sizes)
+        position_ids = model_kwargs.get("position_ids")
+        positions = slots[:, -1] if position_ids is None else position_ids[:, -1].to(slots.device)
+        types = tuple(name for name in TOKEN_TYPES if model_kwargs.get(name) is not None)
+        batch.admit(list(self.rows), self.input_ids, cache, slots, positions, tap.take(outputs), types)
+        return batch
+
+    def _slots(self, model_kwargs: dict[str, Any], cache: Cache) -> torch.Tensor:
+        """The slot [B, C] of each column of the prefilled cache."""
+        reason = why_not_in_slots(cache)
+        if reason is not None:
+            raise ValueError(
+                f"{type(self.target).__name__} decodes one sequence at a time with a draft: {reason}. Call generate() "
+                "for each prompt, or leave out `assistant_model`."
+            )
+        mask, length = model_kwargs.get("attention_mask"), cache.get_seq_length()
+        shape = (len(self.input_ids), length)
+        if mask is None:
+            return torch.arange(length, device=self.input_ids.device).expand(shape)
+        mask = mask[:, :length].to(self.input_ids.device).bool()
+        # Rows of the same tokens are laid out alike, however much padding stands in front of them.
+        if not (mask[:, 1:] >= mask[:, :-1]).all() or not mask[:, -1].all():
+            raise ValueError(
+                "Several sequences at once need their padding in front: `attention_mask` has a 0 behind a 1. Set "
+                '`padding_side="left"` in the tokenizer.'
+            )
+        return torch.where(mask, mask.long().cumsum(-1) - 1, PADDING)
+
+    def _in_step(self, batch: RowBatch, streamer) -> "_InStep | None":
+        terms = self.terms
+        if terms.has_other_criteria or terms.rule.is_stateful or terms.extras or streamer is not None:
+            return _InStep(self, batch, streamer)
+        return None
+
+    def _check(self, model_kwargs: dict[str, Any]) -> None:
+        target, config = self.target, self.draft.config
+        implementation = target.get_decoder().config._attn_implementation
+        position_ids = model_kwargs.get("position_ids")
+        layer_types = set(getattr(target.config.get_text_config(decoder=True), "layer_types", None) or ())
+        limits = {
+            "a target of several residual streams or states": getattr(target, "_is_stateful", False),
+            f'the draft\'s backbone "{config.backbone_type}"': config.backbone_type == "deepseek_v4",
+            f"layers of the type {layer_types}": not layer_types <= {"full_attention", "sliding_attention"},
+            f'`attn_implementation="{implementation}"` (use "sdpa")': implementation not in _ATTENTIONS,
+            "`output_attentions`": "attentions" in self.terms.extras,
+            "positions of several axes": position_ids is not None and position_ids.ndim > 2,
+        }
+        for limit, is_met in limits.items():
+            if is_met:
+                raise ValueError(
+                    f"Several sequences at once are not supported with {limit}. Call generate() for each prompt, or "
+                    "leave out `assistant_model`."
+                )
+
+    def _sequences(self, batch: RowBatch) -> torch.Tensor:
+        length = max(row.length for row in self.rows)
+        column = torch.arange(length, device=batch.ids.device)
+        places = [row.place for row in self.rows]
+        lengths = torch.tensor([row.length for row in self.rows], device=batch.ids.device).unsqueeze(-1)
+        sequences = torch.where(column < lengths, batch.ids[places, :length], self.terms.pad_token_id)
+        return sequences.to(self.input_ids.device)
+
+    def _give_back(self, batch: RowBatch, cache: Cache, slots: torch.Tensor) -> None:
+        """Fill the call's cache with all columns but the last; padding behind ended rows holds zeros."""
+        batch.take_back(self.rows)
+        batch.verify(self.input_ids[:, :0])  # the last token of each row, which no forward has read yet
+        batch.tap.discard()
+        length = max(row.length for row in self.rows) - 1
+        new = torch.arange(length - slots.shape[1], device=slots.device) + slots[:, -1:] + 1
+        counts = torch.tensor([row.num_slots for row in self.rows], device=slots.device).unsqueeze(-1)
+        columns = torch.cat([slots, torch.where(new < counts, new, PADDING)], dim=1)
+        places = torch.tensor([row.place for row in self.rows], device=slots.device)
+        move_out_of_slots(batch.cache, columns, cache, places)
+
+
+class _InStep:
+    """Rounds that add the same number of tokens to all rows, for what looks at rows side by side.
+
+    Ended rows stay, and get padding where the call has an EOS token, as in plain generate().
+    """
+
+    def __init__(self, call: BatchCall, batch: RowBatch, streamer):
+        self.call, self.batch, self.terms, self.streamer = call, batch, call.terms, streamer
+        self.state = DecodeState(call.input_ids, {}, 0, extras={name: [] for name in call.terms.extras})
+        self.is_prefill = True
+
+    @property
+    def is_over(self) -> bool:
+        return all(row.ended for row in self.call.rows)
+
+    def emit(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Emission:
+        """As `RowBatch.emit`, with the same count for all rows."""
+        terms, pad_id = self.terms, self.terms.pad_token_id
+        ended = [row.ended for row in rows]
+        live = ~torch.tensor(ended, device=draft_ids.device)
+        pads = terms.eos_ids is not None
+        if pads:
+            draft_ids = torch.where(live.unsqueeze(-1), draft_ids, pad_id)
+        verdicts = Verdicts(terms, self.state) if terms.has_other_criteria else None
+        stops = None if verdicts is None else lambda tokens, scores: verdicts.on_last(tokens, scores) & live
+        own = None if block is None else rows_of(block, slice(None), self.batch.law_of(terms))
+        settings = {"eos_ids": terms.eos_ids, "stops": stops, "limits": limits, "live": live}
+        choice = choose_tokens(terms.rule, self.state.input_ids, logits, draft_ids, own, **settings)
+        tokens, counts, num_accepted, at_eos = self.batch.read(choice, rows)
+        if pads:
+            tokens = torch.where(live.unsqueeze(-1), tokens, pad_id)
+        going_on = [n for n, has_ended in zip(counts, ended, strict=True) if not (has_ended and pads)]
+        count, stopped = min(*going_on, rows[0].room), [False] * len(rows)
+        if verdicts is not None:
+            count, stopped = verdicts.first_stop(tokens[:, :count], choice.scores, ended)
+        is_full = count == rows[0].room
+        reasons = zip(at_eos, counts, stopped, strict=True)
+        finished = [is_full or stops or (eos and n <= count) for eos, n, stops in reasons]
+        return Emission(tokens, [count] * len(rows), num_accepted, finished, choice.scores)
+
+    def collect(self, emission: Emission, logits: torch.Tensor, outputs: Any) -> None:
+        """Keep what was asked for of the tokens just committed, and stream them."""
+        count = emission.counts[0]
+        verification = Verification(logits, outputs)
+        where = {"first_position": 0, "is_prefill": self.is_prefill}
+        arguments = (self.terms.extras, self.call.target, verification, emission.scores, count)
+        for name, entries in extras_of_tokens(*arguments, **where).items():
+            self.state.extras[name] += entries
+        self.is_prefill = False
+        tokens = emission.token_ids[:, :count]
+        self.state.input_ids = torch.cat([self.state.input_ids, tokens], dim=1)
+        for row, ends in zip(self.call.rows, emission.finished, strict=True):
+            row.ended = row.ended or ends
+        if self.streamer is not None:
+            for column in tokens.cpu().unbind(1):
+                self.streamer.put(column)
