@@ -118,6 +118,7 @@ class Verified(NamedTuple):
     spread: float = 2.0
     common: float = 0.8
     num_draft_tokens: int | None = None  # the draft proposes only the first ones
+    has_limits: bool = False  # of each row, only some drafted tokens are considered
 
 
 # Lengths and tokens are the plain function's, all of them: tolerance 0, because a decision differs only where a
@@ -129,6 +130,7 @@ VERIFIED = {
     "three tiles": Verified(5000, 3, 60, temperature=0.7),
     "tiles without a drafted token": Verified(5000, 2, 60, num_draft_tokens=1500),
     "nothing drafted": Verified(24, 0, 60),
+    "rows with limits": Verified(24, 3, 60, has_limits=True),
 }
 
 
@@ -149,10 +151,10 @@ def _laws_of(case: Verified, device: str, seed: int = 0):
     return target.to(device), draft_ids.to(device), draft.to(device), uniforms.to(device)
 
 
-def _expected(target_logits, draft_ids, draft_logits, uniforms, temperature, next_uniforms):
+def _expected(target_logits, draft_ids, draft_logits, uniforms, temperature, next_uniforms, limits):
     """Accepted lengths, and the token after them that the plain functions draw by one uniform number."""
     probs = (softmax_at(temperature, logits) for logits in (draft_logits, target_logits))
-    acceptance = accept_prefix(draft_ids, *probs, uniforms)
+    acceptance = accept_prefix(draft_ids, *probs, uniforms, limits)
     return acceptance.num_accepted, search(acceptance.next_probs, next_uniforms)
 
 
@@ -166,10 +168,11 @@ def test_acceptance_keeps_as_many_tokens_and_draws_the_same_next_one_as_the_plai
     case = VERIFIED[name]
     laws = _laws_of(case, device)
     generators = [torch.Generator(device).manual_seed(7) for _ in range(2)]
-    assert kernels.why_not_accept_and_draw(*laws, case.temperature, generators[0]) is None
-    choice = kernels.accept_and_draw(*laws, case.temperature, generators[0])
+    limits = torch.arange(case.rows, device=device) % (case.length + 1) if case.has_limits else None
+    assert kernels.why_not_accept_and_draw(*laws, case.temperature, generators[0], limits) is None
+    choice = kernels.accept_and_draw(*laws, case.temperature, generators[0], limits)
     next_uniforms = torch.rand(case.rows, dtype=torch.double, device=device, generator=generators[1])
-    num_accepted, next_ids = _expected(*laws, case.temperature, next_uniforms)
+    num_accepted, next_ids = _expected(*laws, case.temperature, next_uniforms, limits)
     assert choice.num_accepted.tolist() == num_accepted.tolist()
     assert len(num_accepted.unique()) == case.length + 1
     for row, (kept, next_id) in enumerate(zip(num_accepted.tolist(), next_ids.tolist(), strict=True)):
@@ -249,6 +252,7 @@ def test_logits_other_than_those_sampled_from_are_found_in_the_law(device):
         ({"adapted": True}, "adapted"),
         ({"sampler": lambda logits, drafted_ids: None}, "processors"),
         ({"logits": torch.bfloat16}, "bfloat16"),
+        ({}, "gradient"),
     ],
 )
 def test_sampler_says_what_it_does_not_serve(change, reason):
@@ -273,9 +277,10 @@ def test_acceptance_says_what_it_does_not_serve():
 
 
 @on_devices
-@pytest.mark.parametrize("own_vocabulary", [False, True])
-def test_generation_with_the_kernels_is_plains_and_they_ran(own_vocabulary, device, kernels_everywhere):
-    target, prompt = make_tiny_target("qwen3", seed=0).to(device), random_prompt(64, 9).to(device)
+@pytest.mark.parametrize(("rows", "own_vocabulary"), [(1, False), (1, True), (3, False)])
+def test_generation_with_the_kernels_is_plains_and_they_ran(rows, own_vocabulary, device, kernels_everywhere):
+    target = make_tiny_target("qwen3", seed=0).to(device)
+    prompt = torch.cat([random_prompt(64, 9, seed) for seed in range(rows)]).to(device)
     draft = make_tiny_draft(target, **({"draft_vocab_size": 40} if own_vocabulary else {})).to(device)
     if own_vocabulary:
         draft.set_draft_tokens(torch.arange(3, 43))
@@ -285,8 +290,10 @@ def test_generation_with_the_kernels_is_plains_and_they_ran(own_vocabulary, devi
 
 
 @on_devices
-def test_seed_governs_what_is_sampled_with_the_kernels_and_they_ran(device, kernels_everywhere):
-    target, prompt = make_tiny_target("qwen3", seed=0, scale=1.5).to(device), random_prompt(64, 9).to(device)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_seed_governs_what_is_sampled_with_the_kernels_and_they_ran(rows, device, kernels_everywhere):
+    target = make_tiny_target("qwen3", seed=0, scale=1.5).to(device)
+    prompt = torch.cat([random_prompt(64, 9, seed) for seed in range(rows)]).to(device)
     draft = make_tiny_draft(target).to(device)
 
     def sample(seed):

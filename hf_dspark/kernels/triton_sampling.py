@@ -36,6 +36,8 @@ def why_not_sample_block(base_logits, anchor_ids, hidden_states, draft, sampler)
     dtypes = {weight.dtype for weight in weights}
     if base_logits.dtype != torch.float32 or len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return f"weights of {' and '.join(map(str, dtypes))} on logits of {base_logits.dtype}"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (base_logits, *weights)):
+        return "a gradient is asked for"
     if base_logits.shape[-1] > MAX_VOCAB:
         return f"a vocabulary of more than {MAX_VOCAB} tokens"
     return None
