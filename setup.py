@@ -19,11 +19,13 @@ EXTRAS = {
     "train": ["datasets>=4.0"],
     "notebook": ["ipykernel>=6.29", "ipywidgets>=8.1"],
     "demo": ["gguf>=0.17", "rich>=13.7"],
+    "ray": ["ray[data]>=2.49"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["bnb"],
     *EXTRAS["kernels"],
+    *EXTRAS["ray"],
     "matplotlib>=3.8",
     "ipykernel>=6.29",
     "nbclient>=0.10",

@@ -306,7 +306,7 @@ class RowBatch:
         tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
         for terms, group in _groups(self.rows):
             prefix = None
-            if len(group) == 1:
+            if len(self._calls[id(terms)]) == 1:
                 row = self.rows[group[0]]
                 prefix = torch.cat([self.ids[row.place, : row.length], drafted_ids[group[0]].to(self.ids.device)])
             part, law = terms.rule.draft_token(logits[group], None if prefix is None else prefix.unsqueeze(0))
@@ -330,7 +330,10 @@ class RowBatch:
         for terms, group in groups:
             is_all = len(group) == len(rows)
             index = slice(None) if is_all else torch.tensor(group, device=logits.device)
-            prefixes = None if terms.rule.is_prefix_free else self._prefixes([rows[i] for i in group])
+            prefixes = None
+            if not terms.rule.is_prefix_free:
+                self._widen(max(row.length for row in rows) + draft_ids.shape[1])
+                prefixes = self._prefixes([rows[i] for i in group])
             own = None if block is None else rows_of(block, index, self.law_of(terms))
             arguments = (self.ids[: len(group), :0], logits[index], draft_ids[index], own)
             own_limits = None if limits is None else limits[index]

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
 from .cli_calibrate import add_commands as add_calibrate_command
 from .cli_check import add_commands as add_check_command
 from .cli_convert import add_commands as add_convert_command
 from .cli_eval import add_commands as add_eval_commands
+from .cli_generate import add_file_options, apply_options, is_file_run, run_file
 from .cli_options import device, positive
 from .cli_train import add_commands as add_train_command
 from .comparison import compare
 from .demo import DEMO_PROMPTS, demo_draft_folder, demo_target_folder, load_demo_target
 from .modeling_dspark import DSparkDraftModel
+from .predictor import load_models
 
 ACCEPTED, TARGETS_OWN = "green", "magenta"
 
@@ -106,10 +108,11 @@ def _terminal():
 
 def _generate(args: argparse.Namespace) -> None:
     generation = _generation_arguments(args)
+    if is_file_run(args):
+        run_file(args, generation)
+        return
     prompts = args.prompt or [sys.stdin.read().removesuffix("\n")]
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype, device_map=args.device)
-    draft = DSparkDraftModel.from_pretrained(args.draft, target=target, dtype=args.dtype)
+    target, draft, tokenizer = load_models(args.target, args.draft, dtype=args.dtype, device=args.device)
     _run_prompts(args, target, draft, tokenizer, prompts, generation)
 
 
@@ -131,12 +134,7 @@ def _run_prompts(
     args: argparse.Namespace, target, draft, tokenizer, prompts: Sequence[str], generation: dict[str, Any]
 ) -> None:
     """Stream each prompt's text, then print its line of figures."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    if args.num_assistant_tokens is not None:
-        draft.generation_config.num_assistant_tokens = args.num_assistant_tokens
-    if args.confidence_threshold is not None:
-        draft.generation_config.assistant_confidence_threshold = args.confidence_threshold
+    apply_options(args, draft)
     printer = RoundPrinter(tokenizer)
     printer.print_legend()
     for prompt in prompts:
@@ -178,13 +176,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-dspark", description="DSpark speculative decoding with transformers.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    generate = commands.add_parser("generate", help="your target with your draft, against plain generation")
+    generate = commands.add_parser("generate", help="your target with your draft: prompts, or a file of them")
     generate.add_argument("--target", required=True, help="folder or Hub name of the target")
     generate.add_argument("--draft", required=True, help="folder or Hub name of its DSpark draft")
     generate.add_argument("--prompt", action="append", help="may be repeated; without it, stdin is the prompt")
     generate.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32", "float16"))
     generate.add_argument("--device", default="auto", type=device, help='"auto" (default), "cpu", "cuda:1", ...')
     generate.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
+    add_file_options(generate)
     _add_generation(generate)
     generate.set_defaults(run=_generate)
 

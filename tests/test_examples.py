@@ -8,6 +8,9 @@ import sys
 import pytest
 from tiny_files import ROOT, save_random_pair, trained_pair
 
+from hf_dspark import DSparkDraftModel
+from hf_dspark.predictor import load_models
+
 EXAMPLES = ROOT / "examples"
 
 
@@ -48,6 +51,25 @@ def test_quickstart_wants_target_and_draft_together(quickstart, random_pair, cap
     with pytest.raises(SystemExit, match="2"):
         quickstart("--target", random_pair.target)
     assert "give --target and --draft together" in capsys.readouterr().err
+
+
+def test_generate_many_benchmark_counts_the_same_tokens_in_both_arms(random_pair, monkeypatch, capsys):
+    target, _, tokenizer = load_models(str(random_pair.target), str(random_pair.draft))
+    monkeypatch.setattr("hf_dspark.demo.load_demo_target", lambda dtype: (target, tokenizer))
+    monkeypatch.setattr("hf_dspark.demo.demo_draft_folder", lambda: random_pair.draft)
+    arguments = ["--num-requests", "5", "--batch-size", "2", "--max-new-tokens", "12", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["generate_many_benchmark.py", *arguments])
+    script = runpy.run_path(str(EXAMPLES / "generate_many_benchmark.py"), run_name="__main__")
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: len(rates) for name, rates in figures["tokens_per_second"].items()} == {
+        "plain": 3,
+        "generate_many": 3,
+    }
+    requests = script["make_requests"](tokenizer, ["Hello", "Good bye"], 5, 12)
+    draft = DSparkDraftModel.from_pretrained(random_pair.draft, target=target)
+    expected = sum(request.max_new_tokens for request in requests)
+    assert script["plain_batches"](target, tokenizer, requests, 2) == expected
+    assert script["serve"](target, draft, requests, 2) == expected
 
 
 def test_notebook_is_stored_without_outputs():

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_dspark
 from hf_dspark import DSparkDraftModel
+from hf_dspark.predictor import load_models
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +31,16 @@ def test_quickstart_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "The three laws of robotics are" in printed
     assert "GenerationStats(tau=" in printed
+
+
+def test_many_prompts_run_as_they_stand(tmp_path, capsys):
+    target, draft, tokenizer = load_models(*map(str, save_random_pair(tmp_path)))
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    code = re.search(r"## Many prompts.*?```python\n(.*?)```", README, re.DOTALL)[1]
+    found = {"target": target, "draft": draft, "tokenizer": tokenizer}
+    exec(code, found)
+    assert len(found["requests"]) == 3
+    assert len(re.findall(r" (?:length|stop)$", capsys.readouterr().out, re.M)) == 3
 
 
 def test_file_tree_is_the_package():

@@ -1,22 +1,21 @@
 """run_benchmark(): plain generation, transformers' own speculative methods and drafts, on the same prompts.
 
-The only file of eval/ with a clock. Each prompt runs through every arm before the next one does, in an order that is
-rotated from prompt to prompt, so that a busy machine slows all arms alike. It prints nothing.
+Each prompt runs through every arm before the next one does, in an order that is rotated from prompt to prompt, so that
+a busy machine slows all arms alike. It prints nothing.
 """
 
-import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from ..schedule import ConfidenceThreshold
 from ..state import RoundRecord
+from .clock import now
 from .environment import describe_environment
 from .metrics import NO_ROUNDS, count_outcomes, pool_forwards, pool_rounds, quartiles
 from .prompts import PromptSet, encode_prompt
@@ -125,11 +124,9 @@ def _run(target: PreTrainedModel, arm: Arm, inputs: Mapping[str, Any], arguments
     if arguments["do_sample"]:
         set_seed(seed)
     with _counted_forwards(target) as forwards:
-        _synchronize(target.device)
-        start = time.perf_counter()
+        start = now(target.device)
         output = target.generate(**inputs, **arguments, **arm.arguments)
-        _synchronize(target.device)
-        seconds = time.perf_counter() - start
+        seconds = now(target.device) - start
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return Run(ids, seconds, len(forwards), getattr(output, "rounds", None))
 
@@ -143,11 +140,6 @@ def _counted_forwards(target: PreTrainedModel):
         yield forwards
     finally:
         handle.remove()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _summarise(runs: list[Run], plain_runs: list[Run], *, is_greedy: bool) -> dict[str, Any]:
