@@ -3,11 +3,13 @@
     python tests/device_work.py
 
 prints launches a round with the plain functions and with the kernels: operations that are not views or empty tensors.
+On a GPU also the synchronisations that CUDA itself counts.
 """
 
 import json
 import os
 import sys
+import warnings
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -109,7 +111,7 @@ def counting_launches(target, draft):
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 
-    from hf_dspark import accept
+    from hf_dspark import generate as looping
     from hf_dspark import draft as drafting
 
     launches = Launches()
@@ -117,7 +119,7 @@ def counting_launches(target, draft):
         "target": [(target, "forward")],
         "draft": [(draft, "forward"), (draft, "compute_logits")],
         "sample": [(drafting, "sample_block")],
-        "accept": [(accept, "accept_and_draw"), (accept, "process_scores"), (accept, "accept_greedy")],
+        "accept": [(looping, "choose_tokens")],
     }
     kernel_type = InterpretedFunction if os.environ.get("TRITON_INTERPRET") == "1" else triton.JITFunction
     decode = draft.speculative_decode
@@ -137,6 +139,20 @@ def counting_launches(target, draft):
         yield launches
 
 
+@contextmanager
+def counting_synchronisations():
+    """The warnings of torch's own watch over CUDA, in a list."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        found = []
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            found += [warning for warning in caught if "synchronizing" in str(warning.message)]
+
+
 def main() -> None:
     """Launches a round of a tiny target and draft, block size 7, after those of the prefill are taken off."""
     import kernel_cases
@@ -153,15 +169,23 @@ def main() -> None:
     for name, setting in settings.items():
         for switch in ("0", "1"):
             os.environ[dispatch.SWITCH] = switch
-            counts = []
+            counts, waits = [], []
             for new_tokens in (1, 40):
+                arguments = {"assistant_model": draft, "max_new_tokens": new_tokens, **setting}
                 torch.manual_seed(0)
                 with counting_launches(target, draft) as launches:
-                    target.generate(prompt, assistant_model=draft, max_new_tokens=new_tokens, **setting)
+                    target.generate(prompt, **arguments)
                 counts.append(launches.counts)
+                if kernel_cases.HAS_GPU:
+                    torch.manual_seed(0)
+                    with counting_synchronisations() as found:
+                        target.generate(prompt, **arguments)
+                    waits.append(len(found))
             rounds = draft.last_stats.rounds
             mean = {part: round((counts[1][part] - counts[0][part]) / rounds, 1) for part in counts[1]}
             row = {"setting": name, "kernels": switch == "1", "rounds": rounds, "launches_a_round": mean}
+            if waits:
+                row["synchronisations_a_round"] = round((waits[1] - waits[0]) / rounds, 2)
             print(json.dumps(row | {"all": round(sum(mean.values()), 1)}))
 
 
