@@ -111,8 +111,8 @@ def counting_launches(target, draft):
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 
-    from hf_dspark import generate as looping
     from hf_dspark import draft as drafting
+    from hf_dspark import generate as looping
 
     launches = Launches()
     parts = {
