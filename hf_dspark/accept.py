@@ -1,13 +1,14 @@
 """Step 5, accept: the longest accepted prefix and the law of the token after it (paper section 2.1). Batched.
 
-`choose_tokens` applies the call's rule to the target's logits; `accept_prefix` and `accept_greedy` are the pure part.
+`choose_tokens` applies the call's rule to the target's logits; the functions below it are the pure part.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from .sampling import Prefixes, SamplingRule, process_ragged, process_scores
+from .dispatch import with_kernel
+from .sampling import Prefixes, SamplingRule, draw, process_ragged, process_scores, softmax_at
 from .state import Acceptance, Choice, Distribution, DraftBlock
 
 
@@ -57,6 +58,9 @@ def choose_tokens(
         return Choice(target_ids, accept_greedy(draft_ids, target_ids, limits), scores)
 
     uniforms = rule.uniforms(draft_ids)
+    if rule.temperature is not None:
+        draft_logits = logits[:, :0] if block is None else block.draft_logits[:, :length].to(logits.device)
+        return accept_and_draw(logits, draft_ids, draft_logits, uniforms, rule.temperature, rule.generator, limits)
     draft_law = Distribution(logits[:, :0]) if block is None else block.distribution.narrow(length)
     target_law, scores = rule.sparse_distribution(logits, exact=True), None
     if target_law is None:
@@ -70,13 +74,27 @@ def choose_tokens(
         target_law = Distribution(scores.softmax(-1))
     columns, draft_probs, target_probs = on_common_support(draft_ids, draft_law, target_law, logits.shape[-1])
     acceptance = accept_prefix(columns, draft_probs, target_probs, uniforms, limits)
-    num_accepted = acceptance.num_accepted
     next_ids = rule.draw(acceptance.next_probs).unsqueeze(-1)
     if target_law.support_ids is not None:
-        next_ids = _row(target_law.support_ids, num_accepted).gather(-1, next_ids)
-    is_drafted = torch.arange(length + 1, device=logits.device) < num_accepted.unsqueeze(-1)
-    token_ids = torch.where(is_drafted, torch.cat([draft_ids, next_ids], dim=1), next_ids)
-    return Choice(token_ids, num_accepted, scores)
+        next_ids = _row(target_law.support_ids, acceptance.num_accepted).gather(-1, next_ids)
+    return Choice(_join(draft_ids, acceptance.num_accepted, next_ids), acceptance.num_accepted, scores)
+
+
+@with_kernel
+def accept_and_draw(
+    target_logits: torch.Tensor,  # [B, L+1, V]
+    draft_ids: torch.Tensor,  # [B, L]
+    draft_logits: torch.Tensor,  # [B, L, V]  each token was drawn from softmax(draft_logits / temperature)
+    uniforms: torch.Tensor,  # [B, L]  in [0, 1)
+    temperature: float,
+    generator: torch.Generator | None,
+    limits: torch.Tensor | None = None,  # [B]  as in `accept_prefix`
+) -> Choice:
+    """`accept_prefix` and the token after it, drawn by `generator`, where both laws are softmaxes at `temperature`."""
+    draft_probs, target_probs = softmax_at(temperature, draft_logits), softmax_at(temperature, target_logits)
+    acceptance = accept_prefix(draft_ids, draft_probs, target_probs, uniforms, limits)
+    next_ids = draw(acceptance.next_probs, generator).unsqueeze(-1)
+    return Choice(_join(draft_ids, acceptance.num_accepted, next_ids), acceptance.num_accepted, None)
 
 
 def accept_prefix(
@@ -150,6 +168,12 @@ def _within(num_accepted: torch.Tensor, limits: torch.Tensor | None) -> torch.Te
 def _row(probs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Row `index` [B] of `probs` [B, L, K], as [B, K]."""
     return probs.gather(1, index.view(-1, 1, 1).expand(-1, 1, probs.shape[-1])).squeeze(1)
+
+
+def _join(draft_ids: torch.Tensor, num_accepted: torch.Tensor, next_ids: torch.Tensor) -> torch.Tensor:
+    """The first `num_accepted` [B] of `draft_ids` [B, L], then `next_ids` [B, 1]; [B, L+1]."""
+    is_drafted = torch.arange(draft_ids.shape[1] + 1, device=draft_ids.device) < num_accepted.unsqueeze(-1)
+    return torch.where(is_drafted, torch.cat([draft_ids, next_ids], dim=1), next_ids)
 
 
 def _dense(distribution: Distribution, vocab_size: int) -> torch.Tensor:

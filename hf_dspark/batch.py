@@ -176,7 +176,7 @@ class RowBatch:
         slots = torch.cat([part for _, part in self.pending], dim=1)
         self.pending = []
         self._laws = {}
-        block = self._draft(features, slots, self.rows, num_tokens=num_tokens, sampler=self._sample)
+        block = self._draft(features, slots, self.rows, num_tokens=num_tokens, sampler=self._sampler(num_tokens))
         token_ids = block.token_ids
         if self.agreement.is_needed:
             token_ids = self.agreement.of_first(token_ids)
@@ -238,7 +238,7 @@ class RowBatch:
 
     def law_of(self, terms: Terms) -> Distribution | None:
         """The law of the last block's tokens in the rows of a call."""
-        return join_laws(self._laws[id(terms)])
+        return join_laws(self._laws.get(id(terms), [None]))
 
     def hand_over(self, features: torch.Tensor, emission: Emission) -> None:
         """Keep the features [R, L+1, m*H] of tokens that stay for the draft; call before `commit`."""
@@ -287,6 +287,14 @@ class RowBatch:
             sampler=sampler,
             attention_mask={name: mask.to(device) for name, mask in masks.items()},
         )
+
+    def _sampler(self, num_tokens: int):
+        """One for the whole block where the rows' rules allow it."""
+        rules = [terms.rule for terms, _ in _groups(self.rows)]
+        is_drawn = any(rule.do_sample for rule in rules)
+        if any(rule.temperature is None for rule in rules) or (is_drawn and len(rules) > 1):
+            return self._sample
+        return rules[0].temperature_sampler(self.ids[: len(self.rows)], num_tokens)
 
     def _sample(self, logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
         """A drafted token for each row, by the rule of its call; the laws are kept by call."""

@@ -103,7 +103,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
             self.context.cache,
             position_ids=torch.cat([positions, block_positions], dim=1).to(device),
             num_tokens=num_tokens,
-            sampler=self._sampler(input_ids),
+            sampler=self._sampler(input_ids, num_tokens),
         )
 
     def verify_length(self, block: DraftBlock) -> int:
@@ -151,10 +151,12 @@ class DSparkCandidateGenerator(CandidateGenerator):
             self.rounds.append(RoundRecord.of(block, length, int(num_matches), input_ids[:, -int(num_matches) - 1 :]))
             self.schedule.observe(int(num_matches) + 1, None if block is None else length)
 
-    def _sampler(self, input_ids: torch.Tensor):
+    def _sampler(self, input_ids: torch.Tensor, num_tokens: int):
         """The rule on one position's draft logits, with the prefix that ends in the tokens drafted before it."""
         rule, processors = self.rule, self.rule.draft_processors()
         self._scores = []
+        if rule.temperature is not None:
+            return rule.temperature_sampler(input_ids, num_tokens)
 
         def sample(logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, Distribution | None]:
             logits = logits.to(input_ids.device)
@@ -177,6 +179,8 @@ class DSparkCandidateGenerator(CandidateGenerator):
         if self._scores:
             return torch.stack(self._scores, dim=1)
         law = block.distribution
+        if law is None:
+            return block.draft_logits / self.rule.temperature
         outside = torch.full_like(block.draft_logits, -torch.inf)
         return outside.scatter(-1, law.support_ids, law.probs.log())
 

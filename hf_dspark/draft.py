@@ -5,10 +5,13 @@ from collections.abc import Callable
 import torch
 from transformers import Cache
 
+from .dispatch import with_kernel
 from .rollback import drop_last
+from .sampling import TemperatureSampler
 from .state import Distribution, DraftBlock
 
-# (draft logits [B, V], tokens drafted before [B, k]) -> token ids [B], and the law [B, 1, K] they were drawn from
+# (draft logits [B, V], tokens drafted before [B, k]) -> token ids [B], and the law [B, 1, K] they were drawn from.
+# None is for the likeliest token, or the softmax of the logits at a temperature that the caller knows.
 Sampler = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, Distribution | None]]
 
 
@@ -47,11 +50,38 @@ def draft_block(
     drop_last(cache, num_inputs)
     hidden_states = hidden_states[:, config.first_slot : config.first_slot + num_tokens]
     base_logits = draft.compute_logits(hidden_states)
-    return _sample_block(draft, hidden_states, base_logits, anchor_ids.to(base_logits.device), sampler or _greedy)
+    anchor_ids = anchor_ids.to(base_logits.device)
+    sampler = TemperatureSampler() if sampler is None else sampler
+    token_ids, draft_logits, law = sample_block(base_logits, anchor_ids, hidden_states, draft, sampler)
+    confidence = None
+    if draft.confidence_head is not None:
+        previous = None
+        if config.confidence_head_with_markov:
+            previous = draft.markov_head.previous_embedding(torch.cat([anchor_ids, token_ids[:, :-1]], dim=1))
+        confidence = draft.confidence_head(hidden_states, previous)
+    return DraftBlock(
+        token_ids=token_ids,
+        base_logits=base_logits,
+        draft_logits=draft_logits,
+        confidence_logits=confidence,
+        hidden_states=hidden_states,
+        distribution=law,
+        confidence_temperatures=config.confidence_temperatures,
+    )
 
 
-def _sample_block(draft, hidden_states, base_logits, anchor_ids, sampler: Sampler) -> DraftBlock:
-    """The sequential stage: each sampled token feeds the next position's bias and confidence."""
+@with_kernel
+def sample_block(
+    base_logits: torch.Tensor,  # [B, g, V]  of the draft's tokens
+    anchor_ids: torch.Tensor,  # [B, 1]
+    hidden_states: torch.Tensor,  # [B, g, H]
+    draft,
+    sampler: Sampler,
+) -> tuple[torch.Tensor, torch.Tensor, Distribution | None]:
+    """The sequential stage: each sampled token feeds the next position's bias.
+
+    Returns token ids [B, g], the logits [B, g, V] they were sampled from, and their law where the sampler gives one.
+    """
     head, state = draft.markov_head, None
     tokens = anchor_ids  # [B, 1+k]
     draft_logits, laws = [], []
@@ -65,23 +95,7 @@ def _sample_block(draft, hidden_states, base_logits, anchor_ids, sampler: Sample
         tokens = torch.cat([tokens, next_ids.to(tokens.device).unsqueeze(-1)], dim=1)
         draft_logits.append(logits)
         laws.append(law)
-    confidence = None
-    if draft.confidence_head is not None:
-        previous = head.previous_embedding(tokens[:, :-1]) if draft.config.confidence_head_with_markov else None
-        confidence = draft.confidence_head(hidden_states, previous)
-    return DraftBlock(
-        token_ids=tokens[:, 1:],
-        base_logits=base_logits,
-        draft_logits=torch.stack(draft_logits, dim=1),
-        confidence_logits=confidence,
-        hidden_states=hidden_states,
-        distribution=join_laws(laws),
-        confidence_temperatures=draft.config.confidence_temperatures,
-    )
-
-
-def _greedy(logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
-    return logits.argmax(-1), None
+    return tokens[:, 1:], torch.stack(draft_logits, dim=1), join_laws(laws)
 
 
 def join_laws(laws: list[Distribution | None]) -> Distribution | None:

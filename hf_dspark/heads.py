@@ -49,6 +49,8 @@ class SelectedRows(nn.Module):
 class MarkovHead(nn.Module):
     """`vanilla`: B_k = W2 · W1[x_{k-1}], a low-rank table of token transitions."""
 
+    reads_hidden_states = False
+
     def __init__(self, config: DSparkConfig):
         super().__init__()
         self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
@@ -76,6 +78,8 @@ class MarkovHead(nn.Module):
 class GatedMarkovHead(MarkovHead):
     """`gated`: B_k = W2 · (sigmoid(W_g [h_k ; W1[x_{k-1}]]) * W1[x_{k-1}])."""
 
+    reads_hidden_states = True
+
     def __init__(self, config: DSparkConfig):
         super().__init__(config)
         self.gate_proj = nn.Linear(config.hidden_size + config.markov_rank, config.markov_rank)
@@ -91,6 +95,8 @@ class RNNHead(MarkovHead):
 
     s_k = sig(gate) · s_{k-1} + (1 - sig(gate)) · tanh(candidate), B_k = W2 · tanh(output), s_0 = 0.
     """
+
+    reads_hidden_states = True
 
     def __init__(self, config: DSparkConfig):
         super().__init__(config)

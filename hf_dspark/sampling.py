@@ -4,6 +4,7 @@ Which processors may be called freely, on whole blocks or on copies, is decided 
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,6 +76,21 @@ class TopKWarper:
         return Distribution(scores.softmax(-1), ids)
 
 
+@dataclass(frozen=True, slots=True)
+class TemperatureSampler:
+    """Chooses a drafted token from its logits alone: the likeliest, or one drawn from their softmax."""
+
+    temperature: float = 1.0
+    uniforms: torch.Tensor | None = None  # [B, g]  fp64, in [0, 1); None: the likeliest
+
+    def __call__(self, logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Token ids [B] from `logits` [B, V]; `drafted_ids` [B, k] are the block's tokens before them."""
+        if self.uniforms is None:
+            return logits.argmax(-1), None
+        uniforms = self.uniforms[:, drafted_ids.shape[1]].to(logits.device)
+        return search(softmax_at(self.temperature, logits), uniforms), None
+
+
 class SamplingRule:
     """The logits processors of one call and the way a token is chosen, for the target and for the draft.
 
@@ -98,6 +114,8 @@ class SamplingRule:
         self.generator = generator
         self.is_stateful = any(type(p) not in _STATELESS for p in processors)
         self.is_prefix_free = all(type(p) in _PREFIX_FREE for p in processors)
+        # Of the softmax that is the law of a token; None: other processors have a say, or scores are wanted.
+        self.temperature = None if keep_scores else _temperature(processors)
         self.top_k_warper = _top_k_warper(processors) if do_sample and not keep_scores else None
 
     def draft_processors(self) -> LogitsProcessorList:
@@ -123,10 +141,12 @@ class SamplingRule:
     def draft_token(
         self, logits: torch.Tensor, prefix: torch.Tensor | None
     ) -> tuple[torch.Tensor, Distribution | None]:
-        """Drafted tokens [B] and their law [B, 1, K] (None: greedy) from draft logits [B, V].
+        """Drafted tokens [B] and their law [B, 1, K] (None: greedy, or a softmax) from draft logits [B, V].
 
         Where there is no one `prefix` [B, n], processors that read it are left out: the draft's law may be any.
         """
+        if self.temperature is not None:
+            return self.temperature_sampler(logits, 1)(logits, logits[:, :0])
         law = self.sparse_distribution(logits.unsqueeze(1), exact=False)
         if law is not None:
             column = self.draw_drafted(law.probs[:, 0])
@@ -142,29 +162,45 @@ class SamplingRule:
 
     def draw(self, probs: torch.Tensor) -> torch.Tensor:
         """Column [B] drawn from `probs` [B, K] for a token that is emitted: torch.multinomial's random stream."""
-        return pick(probs, torch.empty_like(probs).exponential_(generator=self.generator))
+        return draw(probs, self.generator)
 
     def draw_drafted(self, probs: torch.Tensor) -> torch.Tensor:
-        """Column [B] drawn from `probs` [B, K] for a drafted token: one uniform number instead of K exponentials.
+        """Column [B] drawn from `probs` [B, K] for a drafted token: one uniform number instead of K exponentials."""
+        return search(probs, self._doubles(probs, 1).squeeze(-1))
 
-        In fp64, so that the law is `probs` to 1e-16 also for the rarest token of a large vocabulary.
-        """
-        cumulative = probs.double().cumsum(-1)
-        uniform = torch.rand(probs.shape[0], 1, dtype=torch.double, device=probs.device, generator=self.generator)
-        column = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        return column.squeeze(-1).clamp_max(probs.shape[-1] - 1)
+    def temperature_sampler(self, like: torch.Tensor, num_tokens: int) -> TemperatureSampler:
+        """For `num_tokens` drafted tokens of each row of `like` [B, ...], where `temperature` is all there is."""
+        return TemperatureSampler(self.temperature, self._doubles(like, num_tokens) if self.do_sample else None)
 
     def uniforms(self, like: torch.Tensor) -> torch.Tensor:
         """One uniform number in [0, 1) for each drafted token; `like` is [B, L]."""
         return torch.rand(like.shape, device=like.device, generator=self.generator)
 
+    def _doubles(self, like: torch.Tensor, count: int) -> torch.Tensor:
+        return torch.rand(len(like), count, dtype=torch.double, device=like.device, generator=self.generator)
 
-def pick(probs: torch.Tensor, exponentials: torch.Tensor) -> torch.Tensor:
-    """The index [...] drawn from `probs` [..., K] by given exponential noise.
+
+def softmax_at(temperature: float, logits: torch.Tensor) -> torch.Tensor:
+    """softmax(logits / temperature) over the last axis."""
+    return (logits if temperature == 1.0 else logits / temperature).softmax(-1)
+
+
+def draw(probs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """The index [...] drawn from `probs` [..., K].
 
     torch.multinomial's algorithm and random stream, without its host synchronisations.
     """
-    return (probs / exponentials).argmax(-1)
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+
+
+def search(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The column [B] of `probs` [B, K] in which `uniforms` [B] falls, a share of the mass.
+
+    In fp64, so that the law is `probs` to 1e-16 also for the rarest token of a large vocabulary.
+    """
+    cumulative = probs.double().cumsum(-1)
+    column = torch.searchsorted(cumulative, uniforms.unsqueeze(-1) * cumulative[:, -1:], right=True)
+    return column.squeeze(-1).clamp_max(probs.shape[-1] - 1)
 
 
 def process_scores(
@@ -225,6 +261,13 @@ def process_ragged(
         for index, position, row in here:
             scores[index, position] = processed[row]
     return scores
+
+
+def _temperature(processors: LogitsProcessorList) -> float | None:
+    """The temperature where `processors` hold nothing else; 1 where there are none."""
+    if any(type(p) is not lp.TemperatureLogitsWarper for p in processors):
+        return None
+    return math.prod(float(p.temperature) for p in processors)
 
 
 def _top_k_warper(processors: LogitsProcessorList) -> TopKWarper | None:

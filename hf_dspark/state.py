@@ -37,7 +37,8 @@ class DraftBlock:
     draft_logits: torch.Tensor  # [B, g, V]  U_k + B_k, before any logits processor
     confidence_logits: torch.Tensor | None  # [B, g]  before the sigmoid; None without a confidence head
     hidden_states: torch.Tensor  # [B, g, H]  the backbone after its final norm
-    distribution: Distribution | None = None  # the law each token was drawn from; None: greedy
+    # The law each token was drawn from; None: softmax(draft_logits) at the call's temperature, or greedy.
+    distribution: Distribution | None = None
     confidence_temperatures: Sequence[float] | None = None  # [g] or longer; None: not calibrated
 
     @property
@@ -68,7 +69,7 @@ class Choice:
 
     token_ids: torch.Tensor  # [B, L+1]  accepted drafted tokens, then the target's own
     num_accepted: torch.Tensor  # [B]
-    scores: torch.Tensor | None  # [B, L+1, V]  processed; None where only a short support was looked at
+    scores: torch.Tensor | None  # [B, L+1, V]  processed; None where nothing needs them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Decision:
     emitted_ids: torch.Tensor  # [1, m]  accepted tokens and the target's own, up to a stop
     num_accepted: int
     finished: bool
-    scores: torch.Tensor | None  # [1, L+1, V]  processed; None where only a short support was looked at
+    scores: torch.Tensor | None  # [1, L+1, V]  processed; None where nothing needs them all
 
 
 @dataclass(frozen=True, slots=True)

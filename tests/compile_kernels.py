@@ -20,7 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hf_dspark.kernels import triton_acceptance as acceptance
 from hf_dspark.kernels import triton_attention as attention
+from hf_dspark.kernels import triton_sampling as sampling
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -91,6 +93,36 @@ def _merge(head_dim: int) -> Build:
     )
 
 
+def _sampler(name: str, dtype: str = "bf16", token_ids: str | None = None, uniforms: str | None = "*fp64"):
+    """Both kernels for a vocabulary of 151,936 tokens and rank 256."""
+    arguments = dict.fromkeys(sampling.add_bias_kernel.arg_names, "i32")
+    arguments |= {"base_logits": "*fp32", "w1": f"*{dtype}", "w2": f"*{dtype}", "draft_logits": "*fp32"}
+    arguments |= {
+        "token_ids": token_ids,
+        "largest": "*fp32",
+        "masses": "*fp64",
+        "tokens": "*i64",
+        "uniforms": uniforms,
+    }
+    arguments |= {"temperature": "fp32", "RANK": 256, "BLOCK_TILES": 2048, "BLOCK_B": sampling.BLOCK_B}
+    arguments |= {"BLOCK_V": sampling.BLOCK_V, "BLOCK_R": sampling.BLOCK_BYTES // (4 if dtype == "fp32" else 2)}
+    for kernel in (sampling.add_bias_kernel, sampling.choose_kernel):
+        yield Build(f"{kernel.fn.__name__} {name}", kernel, arguments, sampling.OPTIONS)
+
+
+def _acceptance():
+    """The three kernels for the same vocabulary."""
+    arguments = dict.fromkeys(("target_stride", "draft_stride", "length", "num_columns"), "i32")
+    arguments |= dict.fromkeys(("target_logits", "draft_logits", "norms", "largest"), "*fp32")
+    arguments |= {"temperature": "fp32", "masses": "*fp64", "shares": "*fp64", "uniforms": "*fp64"}
+    arguments |= dict.fromkeys(("draft_ids", "limits", "num_accepted", "token_ids"), "*i64")
+    arguments |= {"BLOCK_V": acceptance.BLOCK_V, "BLOCK_TILES": 128, "BLOCK_LINES": 16}
+    decide = arguments | {"uniforms": "*fp32"}
+    yield Build("summarise_kernel", acceptance.summarise_kernel, arguments, acceptance.OPTIONS)
+    yield Build("decide_kernel", acceptance.decide_kernel, decide, acceptance.OPTIONS)
+    yield Build("draw_kernel", acceptance.draw_kernel, arguments, acceptance.OPTIONS)
+
+
 def builds() -> list[Build]:
     """Every kernel in the configurations that are launched."""
     return [
@@ -106,6 +138,10 @@ def builds() -> list[Build]:
         _attention("256, fp32", 256, "fp32"),
         _merge(128),
         _merge(256),
+        *_sampler("bf16"),
+        *_sampler("bf16, draft vocabulary", token_ids="*i64"),
+        *_sampler("fp32, greedy", "fp32", uniforms=None),
+        *_acceptance(),
     ]
 
 

@@ -222,11 +222,12 @@ def test_kernels_compile_ahead_of_time_for_each_part(capability):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) >= 12
+    assert len(rows) >= 21
     for row in rows:
         assert row["stack"] <= 16, row  # single words: four
         assert row["shared"] <= SHARED_MEMORY[capability], row
-        assert row["tensor_cores"] > 0 or "fp32" in row["kernel"] or "merge" in row["kernel"], row
+        multiplies = row["kernel"].startswith(("attention", "add_bias"))
+        assert row["tensor_cores"] > 0 or "fp32" in row["kernel"] or not multiplies, row
 
 
 def _fake_flash(query, key, value, starts_q, starts_k, max_q, max_k, dropout, is_causal, debug, *, scale, **settings):

@@ -1,38 +1,38 @@
-"""Device synchronisations: our code reads the device once a round, and once more only where it must.
+"""Device synchronisations: the host reads the device once a round, and once more only where it must.
 
-Counted as reads of tensor values by our own files. The one of top-k sampling is made on a CPU only, where it is free.
+Counted for the whole call behind generate()'s own preparation, whoever reads. The one of top-k sampling is made on a
+CPU only, where it is free.
 """
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from device_work import Reads
 from tiny import make_tiny_draft, make_tiny_target, random_prompt
 from transformers import StoppingCriteria
 
 from hf_dspark import ConfidenceThreshold
 
-PACKAGE = str(Path(__file__).resolve().parents[1] / "hf_dspark")
-READS = ("tolist", "item", "cpu", "__bool__", "__int__", "__float__", "nonzero", "numpy")
-
 
 @pytest.fixture
-def count_reads(monkeypatch):
-    """Reads of tensor values that our own files make, in a list of (file, method)."""
-    reads = []
-    for name in READS:
-        original = getattr(torch.Tensor, name)
+def count_work(monkeypatch):
+    """(target, draft) -> reads during speculative decoding, and calls of the two models."""
 
-        def spy(self, *args, _original=original, _name=name, **kwargs):
-            caller = sys._getframe(1).f_code
-            if caller.co_filename.startswith(PACKAGE):
-                reads.append((Path(caller.co_filename).stem, _name))
-            return _original(self, *args, **kwargs)
+    def counted(target, draft):
+        reads, calls = Reads(), Counter()
+        decode = draft.speculative_decode
 
-        monkeypatch.setattr(torch.Tensor, name, spy)
-    return reads
+        def decode_counted(*args, **kwargs):
+            with reads:
+                return decode(*args, **kwargs)
+
+        for name, model in (("target", target), ("draft", draft)):
+            model.register_forward_pre_hook(lambda *_, _name=name: calls.update([_name]))
+        monkeypatch.setattr(draft, "speculative_decode", decode_counted)
+        return reads.counts, calls
+
+    return counted
 
 
 class _Never(StoppingCriteria):
@@ -48,28 +48,53 @@ class _Streamer:
         pass
 
 
+# What a round reads besides its decision, and which file reads it: with one row, and with several.
+READERS = {
+    1: {
+        "decision": ("generate", "tolist"),
+        "confidences": ("candidate_generator", "tolist"),
+        "criteria": ("terms", "tolist"),
+        "streamer": ("generate", "cpu"),
+        "ties": ("sampling", "tolist"),
+    },
+    8: {
+        "decision": ("batch", "tolist"),
+        "confidences": ("batch", "tolist"),
+        "criteria": ("terms", "tolist"),
+        "streamer": ("batch_call", "cpu"),
+        "ties": ("sampling", "tolist"),
+        "once a call": ("batch_call", "tolist"),
+    },
+}
+
+
+@pytest.mark.parametrize("batch_size", READERS)
 @pytest.mark.parametrize(
-    ("kwargs", "second_read"),
+    ("kwargs", "second"),
     [
         ({}, None),
         ({"do_sample": True, "top_k": 0}, None),
-        ({"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9}, ("sampling", "tolist")),
-        ({"repetition_penalty": 1.2, "eos_token_id": [3, 5]}, None),
-        ({"streamer": _Streamer()}, ("generate", "cpu")),
-        ({"schedule": ConfidenceThreshold(0.4)}, ("candidate_generator", "tolist")),
-        ({"stopping_criteria": [_Never()]}, ("generate", "tolist")),
-        ({"max_time": 100.0}, ("generate", "tolist")),
+        ({"do_sample": True, "top_k": 0, "temperature": 0.7, "top_p": 0.9}, None),
+        ({"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9}, "ties"),
+        ({"repetition_penalty": 1.2, "eos_token_id": [3, 5], "pad_token_id": 0}, None),
+        ({"streamer": _Streamer()}, "streamer"),
+        ({"schedule": ConfidenceThreshold(0.4)}, "confidences"),
+        ({"stopping_criteria": [_Never()]}, "criteria"),
+        ({"max_time": 100.0}, "criteria"),
     ],
 )
-def test_a_round_reads_the_device_once_and_once_more_only_where_it_must(count_reads, kwargs, second_read):
+def test_a_round_reads_the_device_once_and_once_more_only_where_it_must(count_work, kwargs, second, batch_size):
     target = make_tiny_target("qwen3", seed=0)
     draft = make_tiny_draft(target)
-    arguments = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 20} | kwargs
-    output = target.generate(random_prompt(64, 9), assistant_model=draft, **arguments)
-    reads = Counter(count_reads)
-    rounds = len(output.rounds) + 1  # the prefill decides a token, too
-    drafting = sum(bool(r.drafted) for r in output.rounds)
-    expected = Counter({("generate", "tolist"): rounds})
-    if second_read is not None:  # the schedule is asked only where something was drafted
-        expected[second_read] += drafting if second_read[0] == "candidate_generator" else rounds
+    prompts = torch.cat([random_prompt(64, 9, seed) for seed in range(batch_size)])
+    reads, calls = count_work(target, draft)
+    torch.manual_seed(0)
+    target.generate(prompts, assistant_model=draft, **{"do_sample": False, "max_new_tokens": 20} | kwargs)
+    readers = READERS[batch_size]
+    expected = Counter({readers["decision"]: calls["target"]})  # the prefill decides a token, too
+    if second is not None:  # the schedule is asked only where something was drafted
+        expected[readers[second]] += calls["draft" if second == "confidences" else "target"]
+    if "once a call" in readers:
+        expected[readers["once a call"]] += 1
     assert reads == expected
+    assert calls["target"] > 4
