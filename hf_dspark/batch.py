@@ -289,26 +289,37 @@ class RowBatch:
         )
 
     def _sampler(self, num_tokens: int):
-        """One for the whole block where the rows' rules allow it."""
-        rules = [terms.rule for terms, _ in _groups(self.rows)]
-        is_drawn = any(rule.do_sample for rule in rules)
-        if any(rule.temperature is None for rule in rules) or (is_drawn and len(rules) > 1):
-            return self._sample
-        return rules[0].temperature_sampler(self.ids[: len(self.rows)], num_tokens)
+        """The rules of the rows' calls: one sampler for the whole block where they are one and allow it."""
+        groups = groups_of(self.rows)
+        ids = self.ids[: len(self.rows)]
+        # Each draws its random numbers for the whole block, so that a row by itself draws what it would alone.
+        samplers = [
+            None if terms.rule.temperature is None else terms.rule.temperature_sampler(ids[: len(group)], num_tokens)
+            for terms, group in groups
+        ]
+        if len(groups) == 1 and samplers[0] is not None:
+            return samplers[0]
 
-    def _sample(self, logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """A drafted token for each row, by the rule of its call; the laws are kept by call."""
-        logits = logits.to(self.ids.device)
-        tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-        for terms, group in groups_of(self.rows):
-            prefix = None
-            if not terms.rule.is_prefix_free and len(self._calls[id(terms)]) == 1:
-                row = self.rows[group[0]]
-                prefix = torch.cat([self.ids[row.place, : row.length], drafted_ids[group[0]].to(self.ids.device)])
-            part, law = terms.rule.draft_token(logits[group], None if prefix is None else prefix.unsqueeze(0))
-            tokens[group] = part
-            self._laws.setdefault(id(terms), []).append(law)
-        return tokens, None
+        def sample(logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+            logits, drafted_ids = logits.to(ids.device), drafted_ids.to(ids.device)
+            tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+            for (terms, group), sampler in zip(groups, samplers, strict=True):
+                if sampler is not None:
+                    tokens[group], law = sampler(logits[group], drafted_ids[group])
+                else:
+                    prefix = self._prefix_of(terms, group, drafted_ids)
+                    tokens[group], law = terms.rule.draft_token(logits[group], prefix)
+                self._laws.setdefault(id(terms), []).append(law)
+            return tokens, None
+
+        return sample
+
+    def _prefix_of(self, terms: Terms, group: list[int], drafted_ids: torch.Tensor) -> torch.Tensor | None:
+        """What a call's processors may read of its one row [1, n]; None where they need not, or it has several."""
+        if terms.rule.is_prefix_free or len(self._calls[id(terms)]) > 1:
+            return None
+        row = self.rows[group[0]]
+        return torch.cat([self.ids[row.place, : row.length], drafted_ids[group[0]]]).unsqueeze(0)
 
     def _verify_lengths(self, block: DraftBlock | None) -> tuple[torch.Tensor | None, list[int]]:
         """How many of each row's tokens the target is to confirm: [R] (None: all), and on the host."""

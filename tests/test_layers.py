@@ -39,6 +39,7 @@ MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub"}
 OUTSIDE_THE_ROUND = {"state", "comparison", "cli", "calibrate", "doctor", "predictor", "serving"}
 READERS = {
     "generate",
+    "row_queue",
     "batch",
     "batch_call",
     "terms",
