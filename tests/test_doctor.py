@@ -1,6 +1,7 @@
 """`hf-dspark check` on a trained pair: healthy as it is, and each planted fault is found by its name."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,7 @@ def test_command_tells_what_it_found_by_text_and_exit_code(pair, tmp_path, capsy
     assert "the anchor predicts" in output
     assert "vanilla, rank 64" in output
     assert "embed_tokens and lm_head" in output
+    assert re.search(r"^block_attention +not Triton: .+; packed queries$", output, re.M)
     assert output.endswith("OK\n")
     _load(AutoModelForCausalLM.from_pretrained(SHARED / "tiny_target"), first_slot=1).save_pretrained(tmp_path / "bad")
     assert main(["check", str(tmp_path / "bad"), *arguments]) == 1
