@@ -15,6 +15,7 @@ from .accept import choose_tokens
 from .agreement import Agreement
 from .attention_interface import NAME as BLOCK_ATTENTION
 from .compat import CACHE
+from .compiled import CompiledRound
 from .draft import draft_block, join_laws
 from .features import FeatureTap
 from .rows import Emission, Emit, Row, groups_of, rows_of
@@ -33,6 +34,7 @@ class RowBatch:
         tap: open while rows are admitted and rounds run.
         num_rows: at most so many rows at a time.
         num_slots: of a row to begin with.
+        compiled: forwards of fixed shapes, for rows that all come in at once and stay.
         whole_blocks: also where all rows end sooner, so that a row draws as many random numbers as it would alone.
     """
 
@@ -46,9 +48,12 @@ class RowBatch:
         num_rows: int,
         num_slots: int,
         whole_blocks: bool = False,
+        compiled: CompiledRound | None = None,
     ):
         self.draft, self.target, self.tap, self.schedule = draft, target, tap, schedule
-        self.whole_blocks = whole_blocks
+        self.whole_blocks = whole_blocks or compiled is not None
+        self.compiled = compiled
+        self.forward = target if compiled is None else compiled.target_forward
         self.agreement = Agreement(target)
         self.rows: list[Row] = []
         self.cache: SlotCache | None = None  # the target's; its layers are known after the first prefill
@@ -82,7 +87,11 @@ class RowBatch:
         first, last = len(self.rows), len(self.rows) + len(rows)
         if self.cache is None:
             windows = windows_of(cache, self.target.config.get_text_config(decoder=True))
-            self.cache = SlotCache(windows, len(self.ids), self.draft_cache.num_slots)
+            sizes = (len(self.ids), self.draft_cache.num_slots)
+            self.cache = SlotCache(windows, *sizes)
+            if self.compiled is not None:
+                num_layers = self.draft.config.num_hidden_layers
+                self.cache, self.draft_cache = self.compiled.caches(windows, num_layers, *sizes)
         move_into_slots(cache, slots, self.cache, first_row=first)
         self.token_types = token_types
         self._widen(input_ids.shape[1])
@@ -144,6 +153,8 @@ class RowBatch:
             block = self.propose()
             limits, self._lengths = self._verify_lengths(block)
         width = max(self._lengths)
+        if self.compiled is not None and block is not None:
+            width = block.token_ids.shape[1]
         draft_ids = self.ids[: len(self.rows), :0] if block is None else block.token_ids[:, :width].to(self.ids.device)
         with watch.part("verify"):
             logits, outputs = self.verify(draft_ids)
@@ -175,6 +186,8 @@ class RowBatch:
         features = torch.cat([part for part, _ in self.pending], dim=1)
         slots = torch.cat([part for _, part in self.pending], dim=1)
         self.pending = []
+        if self.compiled is not None:
+            features, slots = self._of_one_width(features, slots, num_tokens + 1)
         self._laws = {}
         block = self._draft(features, slots, self.rows, num_tokens=num_tokens, sampler=self._sampler(num_tokens))
         token_ids = block.token_ids
@@ -186,15 +199,14 @@ class RowBatch:
         """Logits [R, L+1, V] of the target, in fp32, after the anchors and each of `draft_ids` [R, L]; its outputs."""
         columns = torch.arange(draft_ids.shape[1] + 1, device=self.ids.device)
         slots = self._anchor_slots(self.rows).unsqueeze(-1) + columns
-        stop = max(row.num_slots for row in self.rows) + draft_ids.shape[1]
-        self.cache.place(slots, stop)
+        self.cache.place(slots, max(row.num_slots for row in self.rows) + draft_ids.shape[1])
         tokens = torch.cat([self._anchors(self.rows).unsqueeze(-1), draft_ids], dim=1)
         arguments = {"input_ids": tokens, CACHE: self.cache, "use_cache": True}
         arguments["position_ids"] = self._positions(slots, self.rows)
-        arguments |= self._attention(slots, stop) | self.tap.forward_kwargs
+        arguments |= self._attention(slots) | self.tap.forward_kwargs
         arguments |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
         with self.target._optimize_model_for_decode():
-            outputs = self.target(**arguments, return_dict=True)
+            outputs = self.forward(**arguments, return_dict=True)
         return outputs.logits.to(self.ids.device, torch.float32), outputs
 
     def emit(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Emission:
@@ -207,7 +219,9 @@ class RowBatch:
         finished = [n >= row.room or stop for n, stop, row in zip(counts, at_eos, rows, strict=True)]
         counts = [min(n, row.room) for n, row in zip(counts, rows, strict=True)]
         for i, row in enumerate(rows):
-            if row.terms.has_other_criteria:
+            if row.ended:
+                counts[i], finished[i] = 0, True
+            elif row.terms.has_other_criteria:
                 counts[i], stops = self._first_stop(row, tokens[i : i + 1, : counts[i]])
                 finished[i] = finished[i] or stops
         return Emission(tokens, counts, num_accepted, finished, choice.scores)
@@ -273,9 +287,10 @@ class RowBatch:
         all_slots = torch.cat([slots, inputs], dim=1)
         stop = max(row.num_slots for row in rows) - 1 + config.num_block_inputs
         cache.place(all_slots, stop, first_row=rows[0].place)
+        is_compiled = self.compiled is not None and sampler is not None
         settings = {"causal": config.causal, "window": config.sliding_window}
         masks = draft_slot_masks(
-            anchor_slots, self.starts[own], config.num_block_inputs, stop, config.layer_types, **settings
+            anchor_slots, self.starts[own], config.num_block_inputs, cache.stop, config.layer_types, **settings
         )
         return draft_block(
             self.draft,
@@ -286,7 +301,16 @@ class RowBatch:
             num_tokens=num_tokens,
             sampler=sampler,
             attention_mask={name: mask.to(device) for name, mask in masks.items()},
+            forward=self.compiled.draft_forward if is_compiled else None,
         )
+
+    def _of_one_width(self, features, slots, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pending context of `width` positions; more than these, a prompt's, are read at once."""
+        if features.shape[1] > width or not self.draft_cache.is_initialized:
+            self._draft(features, slots, self.rows, num_tokens=1)
+            features, slots = features[:, :0], slots[:, :0]
+        missing = width - features.shape[1]
+        return pad(features, (0, 0, 0, missing)), pad(slots, (0, missing), value=PADDING)
 
     def _sampler(self, num_tokens: int):
         """The rules of the rows' calls: one sampler for the whole block where they are one and allow it."""
@@ -359,14 +383,14 @@ class RowBatch:
         places = [row.place for row in sorted(self._calls[id(rows[0].terms)], key=lambda row: row.index)]
         return Prefixes(self.ids[places], [row.index for row in rows], [row.length for row in rows])
 
-    def _attention(self, slots: torch.Tensor, stop: int) -> dict[str, Any]:
+    def _attention(self, slots: torch.Tensor) -> dict[str, Any]:
         """What tells the target's attention which slots are seen."""
         implementation = self.target.get_decoder().config._attn_implementation
         if implementation == BLOCK_ATTENTION:  # any mask of four axes keeps the model from making one of its own
             lengths = slots[:, -1] + 1
             return {"attention_mask": _no_mask(self.cache.windows, slots.device), "kv_lengths": lengths}
         dtype = None if implementation == "sdpa" else self.target.dtype
-        return {"attention_mask": slot_masks(slots, stop, self.cache.windows, dtype=dtype)}
+        return {"attention_mask": slot_masks(slots, self.cache.stop, self.cache.windows, dtype=dtype)}
 
     def _anchors(self, rows: list[Row]) -> torch.Tensor:
         own = slice(rows[0].place, rows[0].place + len(rows))

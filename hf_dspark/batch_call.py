@@ -12,6 +12,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from .accept import choose_tokens
 from .batch import RowBatch
+from .compiled import CompiledRound
 from .features import FeatureTap
 from .rows import Emission, Row, rows_of
 from .schedule import Schedule
@@ -35,9 +36,11 @@ class BatchCall:
         config: GenerationConfig,
         schedule: Schedule,
         watch,
+        compiled: CompiledRound | None,
     ):
         self.draft, self.target, self.input_ids = draft, target, input_ids
         self.terms, self.config, self.schedule, self.watch = terms, config, schedule, watch
+        self.compiled = compiled
         self.rows: list[Row] = []
         self.extras: dict[str, Any] = {}
 
@@ -69,10 +72,8 @@ class BatchCall:
                 in_step.collect(emission, logits, outputs)
                 if in_step.is_over:
                     break
-            else:
-                batch.drop([row for row, ended in zip(batch.rows, emission.finished, strict=True) if ended])
-                if not batch.rows:
-                    break
+            elif self._end_rows(batch, emission):
+                break
             emission, logits, outputs = batch.round(self.watch, emit)
         if returns_cache:
             self._give_back(batch, cache, slots)
@@ -82,13 +83,24 @@ class BatchCall:
             streamer.end()
         return self._sequences(batch)
 
+    def _end_rows(self, batch: RowBatch, emission: Emission) -> bool:
+        """Whether no row is left; compiled rounds keep those that ended, for their shapes."""
+        ended = [row for row, ends in zip(batch.rows, emission.finished, strict=True) if ends]
+        for row in ended:
+            row.ended = True
+        if self.compiled is None:
+            batch.drop(ended)
+        return all(row.ended for row in batch.rows)
+
     def _admit(self, model_kwargs, cache: Cache, slots: torch.Tensor, tap: FeatureTap, outputs: Any) -> RowBatch:
         counts = (slots[:, -1] + 1).tolist()
         length = self.input_ids.shape[1]
         self.rows = [Row(i, self.terms, self.terms.max_length, length, n) for i, n in enumerate(counts)]
         num_slots = max(counts) + self.draft.config.num_block_inputs
+        if self.compiled is not None:
+            num_slots = self.compiled.num_slots(max(row.num_slots + row.room for row in self.rows))
         sizes = {"num_rows": len(self.rows), "num_slots": num_slots}
-        batch = RowBatch(self.draft, self.target, tap, self.schedule, **sizes)
+        batch = RowBatch(self.draft, self.target, tap, self.schedule, **sizes, compiled=self.compiled)
         position_ids = model_kwargs.get("position_ids")
         positions = slots[:, -1] if position_ids is None else position_ids[:, -1].to(slots.device)
         types = tuple(name for name in TOKEN_TYPES if model_kwargs.get(name) is not None)

@@ -18,9 +18,10 @@ from transformers.utils import ModelOutput, logging
 from .accept import choose_tokens
 from .agreement import Agreement
 from .attention_interface import block_attention_on
-from .batch_call import BatchCall
+from .batch_call import BatchCall, check_target
 from .candidate_generator import DSparkCandidateGenerator, context_of, in_transformers_loop
 from .compat import CACHE
+from .compiled import CompiledRound
 from .dispatch import load_kernels, report
 from .features import FeatureTap
 from .rollback import MAX_PENDING, Rewinder, recording_past, why_not_reversible
@@ -81,6 +82,17 @@ class SpeculativeDecoding:
         run = call.run if loop == "dspark" else call.run_in_transformers
         return run(model_kwargs, streamer)
 
+    def compile_round(self, target: PreTrainedModel, **options: Any) -> None:
+        """Have generate() of `target` with this draft run its rounds through torch.compile, in fixed shapes.
+
+        `options` are torch.compile's; default is CUDA graphs on CUDA, and torch's own default elsewhere. The first
+        calls compile, for tens of seconds; a later one that needs more slots than any before (the next power of two
+        of prompt and new tokens), or another number of rows, compiles again.
+        """
+        self.bind_target(target)
+        check_target(target, self)
+        self.compiled_rounds[target] = CompiledRound(target, self, **options)
+
 
 class _Call:
     """One generate() call: what was asked for, read once, and the loop over it."""
@@ -96,7 +108,7 @@ class _Call:
 
     def run(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
         """Our loop."""
-        if len(self.input_ids) > 1:
+        if len(self.input_ids) > 1 or self.draft.compiled_rounds.get(self.target) is not None:
             return self._run_batch(model_kwargs, streamer)
         returns_cache = model_kwargs.get("use_cache") is not False
         self._check_cache(model_kwargs.get(CACHE), before_prefill=True)
@@ -220,7 +232,8 @@ class _Call:
         self._check_cache(model_kwargs.get(CACHE), before_prefill=True)
         cache = _ensure_cache(self.target, model_kwargs)
         tap = self._tap()
-        batch = BatchCall(self.draft, self.target, self.input_ids, self.terms, self.config, self.schedule, self.watch)
+        call = (self.input_ids, self.terms, self.config, self.schedule, self.watch)
+        batch = BatchCall(self.draft, self.target, *call, self.draft.compiled_rounds.get(self.target))
         with self.watch.part("total"), tap:
             sequences = batch.run(model_kwargs, cache, tap, streamer, returns_cache=returns_cache)
         stats = self._record(batch.records, sum(row.num_emitted for row in batch.rows))

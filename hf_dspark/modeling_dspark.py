@@ -96,6 +96,7 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         self.last_stats: GenerationStats | None = None
         self._borrowed = _Borrowed()
         self.contexts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # target cache -> its DraftContext
+        self.compiled_rounds: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # target -> its CompiledRound
         self.post_init()
 
     def forward(

@@ -26,11 +26,12 @@ class SlotCache(Cache):
     Args:
         windows: the sliding window of each layer, None where it sees everything. Slots exist for all tokens.
         num_slots: of a row to begin with; it grows when needed.
+        is_static: all slots are read in every forward, and layers stay where they are in memory.
     """
 
-    def __init__(self, windows: list[int | None], num_rows: int, num_slots: int):
+    def __init__(self, windows: list[int | None], num_rows: int, num_slots: int, *, is_static: bool = False):
         self.windows, self.num_rows = windows, num_rows
-        self.num_slots = num_slots
+        self.num_slots, self.is_static = num_slots, is_static
         self.first_row, self.stop = 0, 0
         self.slots: torch.Tensor | None = None  # [R, T]  of the next forward's tokens
         super().__init__(layers=[SlotLayer(self) for _ in windows])
@@ -40,6 +41,7 @@ class SlotCache(Cache):
 
         Tokens whose slot is not below `stop` are written where nothing is read.
         """
+        stop = self.num_slots if self.is_static else stop
         if stop > self.num_slots:
             self.num_slots = max(stop, self.num_slots + max(GROWTH, self.num_slots // 2))
         self.first_row, self.stop = first_row, stop
@@ -66,6 +68,9 @@ class SlotLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = self._empty(key_states), self._empty(value_states)
         self.is_initialized = True
+        if self._placement.is_static:
+            for states in (self.keys, self.values):
+                torch._dynamo.mark_static_address(states)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Write states [R, heads, T, head size] to their slots; all that the rows may see of theirs."""

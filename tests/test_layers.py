@@ -21,6 +21,7 @@ ROWS = [
     ["door", "generate", "backbone_qwen3", "backbone_gemma4", "backbone_deepseek_v4", "hub", "loading"],
     ["candidate_generator", "batch_call"],
     ["batch"],
+    ["compiled"],
     ["draft", "attention_interface", "rows"],
     ["features", "schedule", "verify", "accept", "rollback", "slots", "heads", "checkpoint", "agreement", "terms"],
     ["configuration_dspark", "sampling", "attention", "dialects_export"],
