@@ -4,8 +4,7 @@ The steps and their order are those of `generate.py`. Rows come in (`admit`) and
 row costs nothing; one that verified fewer tokens, or had fewer accepted, does not hold the others up.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,44 +17,12 @@ from .attention_interface import NAME as BLOCK_ATTENTION
 from .compat import CACHE
 from .draft import draft_block, join_laws
 from .features import FeatureTap
+from .rows import Emission, Emit, Row, groups_of, rows_of
 from .sampling import Prefixes
 from .schedule import Schedule
 from .slots import GROWTH, PADDING, SlotCache, draft_slot_masks, move_into_slots, slot_masks, windows_of
-from .state import Choice, Distribution, DraftBlock, RoundRecord
-from .terms import Terms
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One sequence. Its columns are its prompt, with padding, and its new tokens."""
-
-    index: int  # in the call it belongs to
-    terms: Terms  # of that call
-    length: int  # committed columns
-    num_slots: int  # committed tokens; the last of them, the anchor, is in no cache yet
-    place: int = -1  # in the batch's buffers
-    num_emitted: int = 0  # new tokens
-    ended: bool = False  # what is added now is padding
-    records: list[RoundRecord] = field(default_factory=list)
-
-    @property
-    def room(self) -> int:
-        """Tokens that may still be emitted."""
-        return self.terms.max_length - self.length
-
-
-@dataclass(frozen=True, slots=True)
-class Emission:
-    """What one round adds to R rows."""
-
-    token_ids: torch.Tensor  # [R, L+1]  accepted tokens and the target's own; only the first `counts` are emitted
-    counts: list[int]
-    num_accepted: list[int]
-    finished: list[bool]
-    scores: torch.Tensor | None  # as in Choice, where all rows are of one call
-
-
-Emit = Callable[[list[Row], torch.Tensor, torch.Tensor, DraftBlock | None, torch.Tensor | None], Emission]
+from .state import Choice, DecodeState, Distribution, DraftBlock, RoundRecord
+from .terms import Terms, Verdicts
 
 
 class RowBatch:
@@ -66,6 +33,7 @@ class RowBatch:
         tap: open while rows are admitted and rounds run.
         num_rows: at most so many rows at a time.
         num_slots: of a row to begin with.
+        whole_blocks: also where all rows end sooner, so that a row draws as many random numbers as it would alone.
     """
 
     def __init__(
@@ -77,8 +45,10 @@ class RowBatch:
         *,
         num_rows: int,
         num_slots: int,
+        whole_blocks: bool = False,
     ):
         self.draft, self.target, self.tap, self.schedule = draft, target, tap, schedule
+        self.whole_blocks = whole_blocks
         self.agreement = Agreement(target)
         self.rows: list[Row] = []
         self.cache: SlotCache | None = None  # the target's; its layers are known after the first prefill
@@ -91,8 +61,10 @@ class RowBatch:
         self.lengths, self.paddings, self.shifts, self.starts = columns
         # Features [R, w, m*H] that the draft has not read, and their slots [R, w].
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.fresh: list[tuple[Row, torch.Tensor, torch.Tensor]] = []  # the same of rows that came in behind others
         self._laws: dict[int, list[Distribution | None]] = {}  # of the last block's tokens, by call
-        self._calls: dict[int, list[Row]] = {}  # all rows of each call that goes on
+        self._lengths: list[int] = []  # of the last round, verify lengths
+        self._calls: dict[int, list[Row]] = {}  # all rows of each call that goes on, where processors see them
 
     # rows in and out
 
@@ -122,12 +94,19 @@ class RowBatch:
         self.starts[first:last] = own.min(-1).values
         for place, row in enumerate(rows, first):
             row.place = place
-            self._calls.setdefault(id(row.terms), []).append(row)
+            if not row.terms.rule.is_prefix_free:
+                self._calls.setdefault(id(row.terms), []).append(row)
         self.rows += rows
         if first == 0:
-            self.pending = [(features, own)]
-        else:  # the others would be padded to this prompt's length
-            self._draft(features, own, rows, num_tokens=1)
+            self.pending, self.fresh = [(features, own)], []
+            return
+        num_new = (0, len(rows))
+        self.pending = [
+            (pad(part, (0, 0, 0, 0, *num_new)), pad(places, (0, 0, *num_new), value=PADDING))
+            for part, places in self.pending
+        ]
+        # By themselves, or the features of all other rows would be padded to this prompt's length.
+        self.fresh += zip(rows, features.split(1), own.split(1), strict=True)
 
     def drop(self, finished: list[Row]) -> None:
         """Move ended rows behind the others; they stay as they are until another row takes their place."""
@@ -147,6 +126,7 @@ class RowBatch:
             buffer[: len(order)] = buffer[: len(order)][index]
         kept = index[: len(self.rows)]
         self.pending = [(features[kept.to(features.device)], slots[kept]) for features, slots in self.pending]
+        self.fresh = [part for part in self.fresh if part[0] not in finished]
 
     def take_back(self, rows: list[Row]) -> None:
         """Count dropped rows again, all that ever came in."""
@@ -162,8 +142,8 @@ class RowBatch:
         """
         with watch.part("draft"):
             block = self.propose()
-            limits, lengths = self._verify_lengths(block)
-        width = max(lengths)
+            limits, self._lengths = self._verify_lengths(block)
+        width = max(self._lengths)
         draft_ids = self.ids[: len(self.rows), :0] if block is None else block.token_ids[:, :width].to(self.ids.device)
         with watch.part("verify"):
             logits, outputs = self.verify(draft_ids)
@@ -174,7 +154,7 @@ class RowBatch:
             if row.ended:
                 continue
             emitted = emission.token_ids[place : place + 1, :count]
-            figures = (lengths[place], emission.num_accepted[place], emitted)
+            figures = (self._lengths[place], emission.num_accepted[place], emitted)
             row.records.append(RoundRecord.of(block, *figures, row=row.index, row_of_block=place))
         verified = None if block is None else width * len(self.rows)
         self.schedule.observe(sum(emission.counts), verified, num_requests=len(self.rows))
@@ -184,9 +164,14 @@ class RowBatch:
         """Draft a block for every row; None where there is nothing to draft."""
         config, schedule = self.draft.config, self.schedule
         limit = config.block_size if schedule.num_tokens is None else schedule.num_tokens
-        num_tokens = min(config.block_size, limit, max(row.room for row in self.rows) - 1)
+        num_tokens = min(config.block_size, limit)
+        if not self.whole_blocks:
+            num_tokens = min(num_tokens, max(row.room for row in self.rows) - 1)
         if num_tokens < 1 or not schedule.should_draft():
             return None
+        for row, *context in self.fresh:
+            self._draft(*context, [row], num_tokens=1)
+        self.fresh = []
         features = torch.cat([part for part, _ in self.pending], dim=1)
         slots = torch.cat([part for _, part in self.pending], dim=1)
         self.pending = []
@@ -204,11 +189,12 @@ class RowBatch:
         stop = max(row.num_slots for row in self.rows) + draft_ids.shape[1]
         self.cache.place(slots, stop)
         tokens = torch.cat([self._anchors(self.rows).unsqueeze(-1), draft_ids], dim=1)
-        arguments = {"position_ids": self._positions(slots, self.rows), CACHE: self.cache, "use_cache": True}
+        arguments = {"input_ids": tokens, CACHE: self.cache, "use_cache": True}
+        arguments["position_ids"] = self._positions(slots, self.rows)
         arguments |= self._attention(slots, stop) | self.tap.forward_kwargs
         arguments |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
         with self.target._optimize_model_for_decode():
-            outputs = self.target(tokens, **arguments, return_dict=True)
+            outputs = self.target(**arguments, return_dict=True)
         return outputs.logits.to(self.ids.device, torch.float32), outputs
 
     def emit(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Emission:
@@ -220,6 +206,10 @@ class RowBatch:
         tokens, counts, num_accepted, at_eos = self.read(choice, rows)
         finished = [n >= row.room or stop for n, stop, row in zip(counts, at_eos, rows, strict=True)]
         counts = [min(n, row.room) for n, row in zip(counts, rows, strict=True)]
+        for i, row in enumerate(rows):
+            if row.terms.has_other_criteria:
+                counts[i], stops = self._first_stop(row, tokens[i : i + 1, : counts[i]])
+                finished[i] = finished[i] or stops
         return Emission(tokens, counts, num_accepted, finished, choice.scores)
 
     def read(self, choice: Choice, rows: list[Row]) -> tuple[torch.Tensor, list[int], list[int], list[bool]]:
@@ -227,7 +217,7 @@ class RowBatch:
         tokens, num_accepted = choice.token_ids, choice.num_accepted
         column = torch.arange(tokens.shape[1], device=tokens.device)
         is_eos = torch.zeros_like(tokens, dtype=torch.bool)
-        for terms, group in _groups(rows):
+        for terms, group in groups_of(rows):
             if terms.eos_ids is not None:
                 is_eos[group] = torch.isin(tokens[group], terms.eos_ids)
         is_eos &= column <= num_accepted.unsqueeze(-1)
@@ -239,6 +229,12 @@ class RowBatch:
         # The one synchronisation of every round: which rows go on, and where they stand.
         counts, num_accepted, at_eos = figures.tolist()
         return tokens, counts, num_accepted, [bool(stop) for stop in at_eos]
+
+    def _first_stop(self, row: Row, tokens: torch.Tensor) -> tuple[int, bool]:
+        """How many of `tokens` [1, m] come before the criteria of a row's own call stop it, and whether they do."""
+        state = DecodeState(self.ids[row.place : row.place + 1, : row.length], {}, 0)
+        count, stops = Verdicts(row.terms, state).first_stop(tokens, None)
+        return count, any(stops)
 
     def law_of(self, terms: Terms) -> Distribution | None:
         """The law of the last block's tokens in the rows of a call."""
@@ -293,26 +289,37 @@ class RowBatch:
         )
 
     def _sampler(self, num_tokens: int):
-        """One for the whole block where the rows' rules allow it."""
-        rules = [terms.rule for terms, _ in _groups(self.rows)]
-        is_drawn = any(rule.do_sample for rule in rules)
-        if any(rule.temperature is None for rule in rules) or (is_drawn and len(rules) > 1):
-            return self._sample
-        return rules[0].temperature_sampler(self.ids[: len(self.rows)], num_tokens)
+        """The rules of the rows' calls: one sampler for the whole block where they are one and allow it."""
+        groups = groups_of(self.rows)
+        ids = self.ids[: len(self.rows)]
+        # Each draws its random numbers for the whole block, so that a row by itself draws what it would alone.
+        samplers = [
+            None if terms.rule.temperature is None else terms.rule.temperature_sampler(ids[: len(group)], num_tokens)
+            for terms, group in groups
+        ]
+        if len(groups) == 1 and samplers[0] is not None:
+            return samplers[0]
 
-    def _sample(self, logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """A drafted token for each row, by the rule of its call; the laws are kept by call."""
-        logits = logits.to(self.ids.device)
-        tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-        for terms, group in _groups(self.rows):
-            prefix = None
-            if len(self._calls[id(terms)]) == 1:
-                row = self.rows[group[0]]
-                prefix = torch.cat([self.ids[row.place, : row.length], drafted_ids[group[0]].to(self.ids.device)])
-            part, law = terms.rule.draft_token(logits[group], None if prefix is None else prefix.unsqueeze(0))
-            tokens[group] = part
-            self._laws.setdefault(id(terms), []).append(law)
-        return tokens, None
+        def sample(logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+            logits, drafted_ids = logits.to(ids.device), drafted_ids.to(ids.device)
+            tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+            for (terms, group), sampler in zip(groups, samplers, strict=True):
+                if sampler is not None:
+                    tokens[group], law = sampler(logits[group], drafted_ids[group])
+                else:
+                    prefix = self._prefix_of(terms, group, drafted_ids)
+                    tokens[group], law = terms.rule.draft_token(logits[group], prefix)
+                self._laws.setdefault(id(terms), []).append(law)
+            return tokens, None
+
+        return sample
+
+    def _prefix_of(self, terms: Terms, group: list[int], drafted_ids: torch.Tensor) -> torch.Tensor | None:
+        """What a call's processors may read of its one row [1, n]; None where they need not, or it has several."""
+        if terms.rule.is_prefix_free or len(self._calls[id(terms)]) > 1:
+            return None
+        row = self.rows[group[0]]
+        return torch.cat([self.ids[row.place, : row.length], drafted_ids[group[0]]]).unsqueeze(0)
 
     def _verify_lengths(self, block: DraftBlock | None) -> tuple[torch.Tensor | None, list[int]]:
         """How many of each row's tokens the target is to confirm: [R] (None: all), and on the host."""
@@ -326,24 +333,26 @@ class RowBatch:
 
     def _choose(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Choice:
         """`choose_tokens` for the rows of each call, by that call's rule."""
-        groups, choices = _groups(rows), []
+        groups, choices = groups_of(rows), []
         for terms, group in groups:
             is_all = len(group) == len(rows)
             index = slice(None) if is_all else torch.tensor(group, device=logits.device)
+            # A row by itself draws random numbers for its own tokens only, whatever others verify.
+            width = self._lengths[group[0]] if len(group) == 1 and limits is not None else draft_ids.shape[1]
             prefixes = None
             if not terms.rule.is_prefix_free:
-                self._widen(max(row.length for row in rows) + draft_ids.shape[1])
+                self._widen(max(row.length for row in rows) + width)
                 prefixes = self._prefixes([rows[i] for i in group])
             own = None if block is None else rows_of(block, index, self.law_of(terms))
-            arguments = (self.ids[: len(group), :0], logits[index], draft_ids[index], own)
+            arguments = (self.ids[: len(group), :0], logits[index, : width + 1], draft_ids[index, :width], own)
             own_limits = None if limits is None else limits[index]
             choice = choose_tokens(terms.rule, *arguments, limits=own_limits, prefixes=prefixes)
-            if is_all:
+            if is_all and width == draft_ids.shape[1]:
                 return choice
-            choices.append(choice)
+            choices.append((pad(choice.token_ids, (0, draft_ids.shape[1] - width)), choice.num_accepted))
         order = torch.tensor([i for _, group in groups for i in group], device=logits.device).argsort()
-        tokens = torch.cat([choice.token_ids for choice in choices])[order]
-        return Choice(tokens, torch.cat([choice.num_accepted for choice in choices])[order], None)
+        tokens, num_accepted = (torch.cat(parts)[order] for parts in zip(*choices, strict=True))
+        return Choice(tokens, num_accepted, None)
 
     def _prefixes(self, rows: list[Row]) -> Prefixes:
         """The tokens of all rows of a call, in its order, for processors that count rows."""
@@ -376,19 +385,6 @@ class RowBatch:
     def _widen(self, num_columns: int) -> None:
         if num_columns >= self.ids.shape[1]:
             self.ids = pad(self.ids, (0, num_columns - self.ids.shape[1] + 1 + GROWTH))
-
-
-def _groups(rows: list[Row]) -> list[tuple[Terms, list[int]]]:
-    """The rows of each call, by their index in `rows`."""
-    groups: dict[int, tuple[Terms, list[int]]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(id(row.terms), (row.terms, []))[1].append(index)
-    return list(groups.values())
-
-
-def rows_of(block: DraftBlock, index, law: Distribution | None) -> DraftBlock:
-    """Some rows of a block, as far as acceptance reads them."""
-    return replace(block, token_ids=block.token_ids[index], draft_logits=block.draft_logits[index], distribution=law)
 
 
 def _no_mask(windows: list[int | None], device: torch.device):

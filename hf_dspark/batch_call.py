@@ -11,8 +11,9 @@ import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from .accept import choose_tokens
-from .batch import Emission, Row, RowBatch, rows_of
+from .batch import RowBatch
 from .features import FeatureTap
+from .rows import Emission, Row, rows_of
 from .schedule import Schedule
 from .slots import PADDING, move_out_of_slots, why_not_in_slots
 from .state import DecodeState, DraftBlock, RoundRecord, Verification
@@ -84,7 +85,7 @@ class BatchCall:
     def _admit(self, model_kwargs, cache: Cache, slots: torch.Tensor, tap: FeatureTap, outputs: Any) -> RowBatch:
         counts = (slots[:, -1] + 1).tolist()
         length = self.input_ids.shape[1]
-        self.rows = [Row(i, self.terms, length, count) for i, count in enumerate(counts)]
+        self.rows = [Row(i, self.terms, self.terms.max_length, length, n) for i, n in enumerate(counts)]
         num_slots = max(counts) + self.draft.config.num_block_inputs
         sizes = {"num_rows": len(self.rows), "num_slots": num_slots}
         batch = RowBatch(self.draft, self.target, tap, self.schedule, **sizes)
@@ -122,24 +123,12 @@ class BatchCall:
         return None
 
     def _check(self, model_kwargs: dict[str, Any]) -> None:
-        target, config = self.target, self.draft.config
-        implementation = target.get_decoder().config._attn_implementation
+        check_target(self.target, self.draft)
         position_ids = model_kwargs.get("position_ids")
-        layer_types = set(getattr(target.config.get_text_config(decoder=True), "layer_types", None) or ())
-        limits = {
-            "a target of several residual streams or states": getattr(target, "_is_stateful", False),
-            f'the draft\'s backbone "{config.backbone_type}"': config.backbone_type == "deepseek_v4",
-            f"layers of the type {layer_types}": not layer_types <= {"full_attention", "sliding_attention"},
-            f'`attn_implementation="{implementation}"` (use "sdpa")': implementation not in _ATTENTIONS,
-            "`output_attentions`": "attentions" in self.terms.extras,
-            "positions of several axes": position_ids is not None and position_ids.ndim > 2,
-        }
-        for limit, is_met in limits.items():
-            if is_met:
-                raise ValueError(
-                    f"Several sequences at once are not supported with {limit}. Call generate() for each prompt, or "
-                    "leave out `assistant_model`."
-                )
+        if "attentions" in self.terms.extras:
+            _refuse("`output_attentions`")
+        if position_ids is not None and position_ids.ndim > 2:
+            _refuse("positions of several axes")
 
     def _sequences(self, batch: RowBatch) -> torch.Tensor:
         length = max(row.length for row in self.rows)
@@ -160,6 +149,29 @@ class BatchCall:
         columns = torch.cat([slots, torch.where(new < counts, new, PADDING)], dim=1)
         places = torch.tensor([row.place for row in self.rows], device=slots.device)
         move_out_of_slots(batch.cache, columns, cache, places)
+
+
+def check_target(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """Raise ValueError where this target and draft decode only one sequence at a time."""
+    implementation = target.get_decoder().config._attn_implementation
+    layer_types = set(getattr(target.config.get_text_config(decoder=True), "layer_types", None) or ())
+    backbone = draft.config.backbone_type
+    limits = {
+        f"{type(target).__name__}, which keeps a state": getattr(target, "_is_stateful", False),
+        f'the draft\'s backbone "{backbone}"': backbone == "deepseek_v4",
+        f"layers of the type {layer_types}": not layer_types <= {"full_attention", "sliding_attention"},
+        f'`attn_implementation="{implementation}"` (load the target with "sdpa")': implementation not in _ATTENTIONS,
+    }
+    for limit, is_met in limits.items():
+        if is_met:
+            _refuse(limit)
+
+
+def _refuse(what: str) -> None:
+    raise ValueError(
+        f"Several sequences at once are not supported with {what}. Call generate() for each prompt, or leave out "
+        "`assistant_model`."
+    )
 
 
 class _InStep:

@@ -305,13 +305,20 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self._on_cuda = device.type == "cuda"
+        self._open: dict[str, Any] = {}
         self._spans: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def part(self, name: str):
-        start = self._now()
+        self.start(name)
         yield
-        self._spans.append((name, start, self._now()))
+        self.stop(name)
+
+    def start(self, name: str) -> None:
+        self._open[name] = self._now()
+
+    def stop(self, name: str) -> None:
+        self._spans.append((name, self._open.pop(name), self._now()))
 
     def seconds(self) -> dict[str, float]:
         """Sums by part."""

@@ -9,12 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .row_queue import Outcome, QueuedRequest, RowQueue, Settings
 from .state import GenerationStats
-
-_DEVICE_LOST = getattr(torch, "AcceleratorError", ())  # such as CUDA's device-side assert; since torch 2.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,89 +77,31 @@ def run_requests(
         raise ValueError(
             f"`max_rows` is the number of requests decoded at once and must be at least 1, got {max_rows}."
         )
-    queues: dict[_Settings, list[_Queued]] = {}
+    queue = RowQueue(target, draft, tokenizer, max_rows)
+    waiting: list[QueuedRequest] = []
     for index, request in enumerate(requests):
         try:
-            settings, queued = _prepare(index, request, target, tokenizer)
+            waiting.append(_prepare(index, request, target, tokenizer))
         except Exception as error:  # a chat template may raise anything
             yield _failure(index, error)
+    for outcome in queue.run(waiting):
+        if outcome.error is None:
+            yield _result(target, outcome, tokenizer)
         else:
-            queues.setdefault(settings, []).append(queued)
-    for settings, queue in queues.items():
-        yield from _run_queue(target, draft, settings, queue, tokenizer=tokenizer, max_rows=max_rows)
+            yield _failure(outcome.request.index, outcome.error)
 
 
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What requests must have in common to be decoded together."""
-
-    law: tuple[tuple[str, float], ...] | None  # what is given of temperature, top_k and top_p; None: greedy
-    stop: tuple[str, ...]
-
-    def arguments(self) -> dict[str, Any]:
-        """Of generate()."""
-        stop = {"stop_strings": list(self.stop)} if self.stop else {}
-        return {"do_sample": self.law is not None, **dict(self.law or ()), **stop}
-
-
-@dataclass(frozen=True, slots=True)
-class _Queued:
-    """A request that was found right."""
-
-    index: int
-    input_ids: list[int]
-    max_new_tokens: int
-    seed: int | None
-
-
-def _run_queue(
-    target: PreTrainedModel,
-    draft: PreTrainedModel,
-    settings: _Settings,
-    queue: Sequence[_Queued],
-    *,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_rows: int,
-) -> Iterator[GenerationResult]:
-    """Decode `queue`, at most `max_rows` at once, and hand over results as they finish; for now one after another."""
-    for queued in queue:
-        try:
-            result = _generate(target, draft, settings, queued, tokenizer)
-        except _DEVICE_LOST:  # nothing can be computed in this process any more: the others have not failed
-            raise
-        except Exception as error:
-            result = _failure(queued.index, error)
-        yield result
-
-
-def _generate(target, draft, settings: _Settings, queued: _Queued, tokenizer) -> GenerationResult:
-    ids = torch.tensor([queued.input_ids], device=target.device)
-    generator = None if queued.seed is None else torch.Generator(target.device).manual_seed(queued.seed)
-    output = target.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        assistant_model=draft,
-        generator=generator,
-        tokenizer=tokenizer,
-        max_new_tokens=queued.max_new_tokens,
-        num_beams=1,
-        num_return_sequences=1,
-        return_dict_in_generate=True,
-        **settings.arguments(),
-    )
-    return _result(target, settings, queued, output.sequences[0, ids.shape[1] :].tolist(), output.stats, tokenizer)
-
-
-def _result(target, settings: _Settings, queued: _Queued, token_ids: list[int], stats, tokenizer) -> GenerationResult:
-    """`token_ids` are the new ones, a final stop token included."""
+def _result(target, outcome: Outcome, tokenizer) -> GenerationResult:
+    request, token_ids = outcome.request, outcome.token_ids
     eos = target.generation_config.eos_token_id
     is_stopped = (
-        len(token_ids) < queued.max_new_tokens
+        len(token_ids) < request.max_new_tokens
         or token_ids[-1] in (eos if isinstance(eos, list) else [eos])
-        or any(stop in tokenizer.decode(token_ids) for stop in settings.stop)
+        or any(stop in tokenizer.decode(token_ids) for stop in request.settings.stop)
     )
     text = None if tokenizer is None else tokenizer.decode(token_ids, skip_special_tokens=True)
-    return GenerationResult(queued.index, tuple(token_ids), text, "stop" if is_stopped else "length", stats)
+    reason = "stop" if is_stopped else "length"
+    return GenerationResult(request.index, tuple(token_ids), text, reason, outcome.stats)
 
 
 def _failure(index: int, error: Exception) -> GenerationResult:
@@ -170,7 +110,7 @@ def _failure(index: int, error: Exception) -> GenerationResult:
     return GenerationResult(index, error=message)
 
 
-def _prepare(index: int, request: GenerationRequest, target, tokenizer) -> tuple[_Settings, _Queued]:
+def _prepare(index: int, request: GenerationRequest, target, tokenizer) -> QueuedRequest:
     """Raises ValueError where the request is wrong: it must not reach those that would be decoded together with it."""
     if not isinstance(request, GenerationRequest):
         raise ValueError(f"A request must be a GenerationRequest, got {type(request).__name__}.")
@@ -183,7 +123,8 @@ def _prepare(index: int, request: GenerationRequest, target, tokenizer) -> tuple
         raise ValueError("`stop` is compared with text: give `tokenizer`, too.")
     ids = _token_ids(request.prompt, tokenizer)
     room = _room(ids, target)
-    return _Settings(_law(request, target), stop), _Queued(index, ids, min(request.max_new_tokens, room), request.seed)
+    settings = Settings(_law(request, target), stop)
+    return QueuedRequest(index, settings, ids, min(request.max_new_tokens, room), request.seed)
 
 
 def _law(request: GenerationRequest, target) -> tuple[tuple[str, float], ...] | None:

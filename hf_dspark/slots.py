@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 GROWTH = 256  # slots; caches grow by at least so many
-PADDING = torch.iinfo(torch.long).max  # the slot of what is in no slot
+PADDING = 2**62  # the slot of what is in no slot; as a float it is the same number
 
 
 def window_cache(window: int, num_layers: int) -> Cache:
@@ -193,5 +193,6 @@ def draft_slot_masks(
         if is_sliding:
             first = torch.maximum(first, start - window)
         last = rows if is_causal else start + num_inputs - 1
-        masks[layer_type] = ((keys >= first) & (keys <= last)).unsqueeze(1)
+        seen = (keys >= first) & (keys <= last)
+        masks[layer_type] = seen.expand(-1, num_inputs, -1).unsqueeze(1)
     return masks

@@ -16,12 +16,12 @@ ROWS = [
     ["cli_calibrate", "cli_check", "cli_convert", "cli_eval", "cli_generate", "cli_train"],
     ["doctor", "predictor"],
     ["calibrate", "cards", "costs", "demo", "processes", "request_files", "serving", "train"],
-    ["comparison", "eval", "cli_options", "convert"],
+    ["comparison", "eval", "cli_options", "convert", "row_queue"],
     ["modeling_dspark"],
     ["door", "generate", "backbone_qwen3", "backbone_gemma4", "backbone_deepseek_v4", "hub", "loading"],
     ["candidate_generator", "batch_call"],
     ["batch"],
-    ["draft", "attention_interface"],
+    ["draft", "attention_interface", "rows"],
     ["features", "schedule", "verify", "accept", "rollback", "slots", "heads", "checkpoint", "agreement", "terms"],
     ["configuration_dspark", "sampling", "attention", "dialects_export"],
     ["dialects", "dialects_deepseek_v4", "dequantize", "state", "compat", "dispatch"],
@@ -39,6 +39,7 @@ MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub"}
 OUTSIDE_THE_ROUND = {"state", "comparison", "cli", "calibrate", "doctor", "predictor", "serving"}
 READERS = {
     "generate",
+    "row_queue",
     "batch",
     "batch_call",
     "terms",

@@ -302,7 +302,7 @@ def test_top_k_on_a_larger_vocabulary_follows_the_law_of_transformers_processors
 
 
 def _residual_of_the_next_row(accept_prefix):
-    def biased(draft_ids, draft_probs, target_probs, uniforms, limits):
+    def biased(draft_ids, draft_probs, target_probs, uniforms, limits=None):
         acceptance = accept_prefix(draft_ids, draft_probs, target_probs, uniforms, limits)
         rejected = acceptance.num_accepted.clamp_max(draft_ids.shape[1] - 1)
         row = rejected.view(-1, 1, 1).expand(-1, 1, target_probs.shape[-1])
@@ -315,7 +315,7 @@ def _residual_of_the_next_row(accept_prefix):
 
 
 def _target_law_instead_of_the_residual(accept_prefix):
-    def biased(draft_ids, draft_probs, target_probs, uniforms, limits):
+    def biased(draft_ids, draft_probs, target_probs, uniforms, limits=None):
         acceptance = accept_prefix(draft_ids, draft_probs, target_probs, uniforms, limits)
         row = acceptance.num_accepted.view(-1, 1, 1).expand(-1, 1, target_probs.shape[-1])
         return dataclasses.replace(acceptance, next_probs=target_probs.gather(1, row).squeeze(1))
