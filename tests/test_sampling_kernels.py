@@ -206,6 +206,15 @@ def test_uniform_of_zero_accepts_no_token_of_probability_zero_and_none_is_drawn(
 
 
 @on_devices
+def test_next_token_at_a_uniform_of_zero_is_one_the_target_can_produce(device, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **options: torch.zeros(*shape, **options))
+    target_logits = torch.tensor([-torch.inf, 0.0, 1.0]).expand(2, 1, -1).to(device)
+    nothing = torch.zeros(2, 0, device=device)
+    choice = kernels.accept_and_draw(target_logits, nothing.long(), target_logits[:, :0], nothing, 1.0, None)
+    assert choice.token_ids.tolist() == [[1], [1]]
+
+
+@on_devices
 def test_rejection_without_residual_mass_draws_from_the_targets_law(device):
     logits = torch.tensor([-30.0, 0.0, 0.0, -torch.inf]).expand(40, 3, -1).to(device)
     # A uniform of 1, which cannot be, stands for a draft law above the target's by rounding alone.
