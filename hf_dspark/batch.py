@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .accept import choose_tokens
 from .agreement import Agreement
@@ -21,8 +21,17 @@ from .features import FeatureTap
 from .rows import Emission, Emit, Row, groups_of, rows_of
 from .sampling import Prefixes
 from .schedule import Schedule
-from .slots import GROWTH, PADDING, SlotCache, draft_slot_masks, move_into_slots, slot_masks, windows_of
-from .state import Choice, DecodeState, Distribution, DraftBlock, RoundRecord
+from .slots import (
+    GROWTH,
+    PADDING,
+    SlotCache,
+    draft_slot_masks,
+    move_into_slots,
+    move_out_of_slots,
+    slot_masks,
+    windows_of,
+)
+from .state import Choice, DecodeState, Distribution, DraftBlock, DraftContext, RoundRecord
 from .terms import Terms, Verdicts
 
 
@@ -92,7 +101,7 @@ class RowBatch:
             if self.compiled is not None:
                 num_layers = self.draft.config.num_hidden_layers
                 self.cache, self.draft_cache = self.compiled.caches(windows, num_layers, *sizes)
-        move_into_slots(cache, slots, self.cache, first_row=first)
+        move_into_slots(cache, slots, self.cache, slots.shape[1], first_row=first)
         self.token_types = token_types
         self._widen(input_ids.shape[1])
         self.ids[first:last, : input_ids.shape[1]] = input_ids
@@ -116,6 +125,27 @@ class RowBatch:
         ]
         # By themselves, or the features of all other rows would be padded to this prompt's length.
         self.fresh += zip(rows, features.split(1), own.split(1), strict=True)
+
+    def take_over(self, context: DraftContext, slots: torch.Tensor) -> None:
+        """Go on with what the draft read in an earlier call: the tokens in `slots` [R, n] of the rows just admitted."""
+        num_read = context.cache.get_seq_length()
+        move_into_slots(context.cache, slots[:, :num_read], self.draft_cache, self.draft_cache.num_slots)
+        if context.features:
+            self.pending.insert(0, (torch.cat(context.features, dim=1), slots[:, num_read:]))
+        self.starts[: len(slots)] = slots.min(-1).values
+
+    def hand_back(self, columns: torch.Tensor) -> DraftContext | None:
+        """What the draft read, for a later call, in `columns` [R, C] of slots; None where rows were dropped."""
+        if any(len(features) < len(self.rows) for features, _ in self.pending):
+            return None
+        features = torch.cat([part for part, _ in self.pending], dim=1)
+        slots = torch.cat([part for _, part in self.pending], dim=1)
+        self._draft(features, slots, self.rows, num_tokens=1)
+        context = DraftContext(DynamicCache(), target_length=columns.shape[1])
+        places = torch.arange(len(columns), device=columns.device)
+        move_out_of_slots(self.draft_cache, columns, context.cache, places)
+        context.last_position = columns[:, -1:] + self.shifts[: len(columns), None]
+        return context
 
     def drop(self, finished: list[Row]) -> None:
         """Move ended rows behind the others; they stay as they are until another row takes their place."""

@@ -104,8 +104,21 @@ class BatchCall:
         position_ids = model_kwargs.get("position_ids")
         positions = slots[:, -1] if position_ids is None else position_ids[:, -1].to(slots.device)
         types = tuple(name for name in TOKEN_TYPES if model_kwargs.get(name) is not None)
-        batch.admit(list(self.rows), self.input_ids, cache, slots, positions, tap.take(outputs), types)
+        features = tap.take(outputs)
+        batch.admit(list(self.rows), self.input_ids, cache, slots, positions, features, types)
+        self._take_over_context(batch, cache, slots[:, : -features.shape[1]])
         return batch
+
+    def _take_over_context(self, batch: RowBatch, cache: Cache, slots: torch.Tensor) -> None:
+        """Let the draft go on from an earlier call on this cache, whose columns have `slots` [B, n]."""
+        context = self.draft.contexts.pop(cache, None)
+        if context is None or context.target_length != slots.shape[1] or not context.cache.is_initialized:
+            return
+        num_known = context.cache.get_seq_length() + sum(part.shape[1] for part in context.features)
+        if len(slots) == 1:  # of a single sequence it never reads the padding
+            slots = slots[:, slots[0] < PADDING][:, -num_known:]
+        if slots.shape[1] == num_known and len(context.cache.layers[0].keys) == len(slots):
+            batch.take_over(context, slots)
 
     def _slots(self, model_kwargs: dict[str, Any], cache: Cache) -> torch.Tensor:
         """The slot [B, C] of each column of the prefilled cache."""
@@ -161,6 +174,9 @@ class BatchCall:
         columns = torch.cat([slots, torch.where(new < counts, new, PADDING)], dim=1)
         places = torch.tensor([row.place for row in self.rows], device=slots.device)
         move_out_of_slots(batch.cache, columns, cache, places)
+        context = batch.hand_back(columns)
+        if context is not None:
+            self.draft.contexts[cache] = context
 
 
 def check_target(target: PreTrainedModel, draft: PreTrainedModel) -> None:

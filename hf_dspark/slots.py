@@ -124,9 +124,9 @@ def windows_of(cache: Cache, config) -> list[int | None]:
     return [getattr(layer, "sliding_window", w) for layer, w in zip(cache.layers, windows, strict=False)]
 
 
-def move_into_slots(cache: Cache, slots: torch.Tensor, into: SlotCache, *, first_row: int = 0) -> None:
-    """Copy a dynamic cache of R rows and n columns to slots [R, n]; padding's slot is PADDING."""
-    into.place(slots, slots.shape[1], first_row=first_row)
+def move_into_slots(cache: Cache, slots: torch.Tensor, into: SlotCache, stop: int, *, first_row: int = 0) -> None:
+    """Copy a dynamic cache of R rows and n columns to slots [R, n], all below `stop`; padding's slot is PADDING."""
+    into.place(slots, stop, first_row=first_row)
     placed = into.slots
     for source, layer in zip(cache.layers, into.layers, strict=True):
         if source.is_initialized:
@@ -137,6 +137,7 @@ def move_into_slots(cache: Cache, slots: torch.Tensor, into: SlotCache, *, first
 def move_out_of_slots(source: SlotCache, slots: torch.Tensor, into: Cache, rows: torch.Tensor) -> None:
     """Fill a dynamic cache with the columns of `rows` [R] whose slots [R, n] are given; a column without one is 0."""
     num_columns = slots.shape[1]
+    into.layers = into.layers or [DynamicLayer() for _ in source.layers]
     for layer, target in zip(source.layers, into.layers, strict=True):
         if not layer.is_initialized:
             continue
@@ -151,6 +152,7 @@ def move_out_of_slots(source: SlotCache, slots: torch.Tensor, into: Cache, rows:
         for name in ("keys", "values"):
             columns = getattr(layer, name)[row, :, index] * is_there[..., None, None]
             setattr(target, name, columns.transpose(1, 2).contiguous())
+        target.is_initialized, target.dtype, target.device = True, layer.dtype, layer.device
 
 
 def slot_masks(
