@@ -127,7 +127,7 @@ class RowBatch:
         self.fresh += zip(rows, features.split(1), own.split(1), strict=True)
 
     def take_over(self, context: DraftContext, slots: torch.Tensor) -> None:
-        """Go on with what the draft read in an earlier call: the tokens in `slots` [R, n] of the rows just admitted."""
+        """Go on with what the draft read in an earlier call: tokens in `slots` [R, n] of the rows just admitted."""
         num_read = context.cache.get_seq_length()
         move_into_slots(context.cache, slots[:, :num_read], self.draft_cache, self.draft_cache.num_slots)
         if context.features:
@@ -179,6 +179,7 @@ class RowBatch:
         `emit` is called in place of this class's own, with the same arguments. Returns what was emitted, and the
         target's logits and outputs.
         """
+        start = watch.host_seconds()
         with watch.part("draft"):
             block = self.propose()
             limits, self._lengths = self._verify_lengths(block)
@@ -198,7 +199,8 @@ class RowBatch:
             figures = (self._lengths[place], emission.num_accepted[place], emitted)
             row.records.append(RoundRecord.of(block, *figures, row=row.index, row_of_block=place))
         verified = None if block is None else width * len(self.rows)
-        self.schedule.observe(sum(emission.counts), verified, num_requests=len(self.rows))
+        seconds = None if self.agreement.is_needed else watch.host_seconds() - start
+        self.schedule.observe(sum(emission.counts), verified, num_requests=len(self.rows), seconds=seconds)
         return emission, logits, outputs
 
     def propose(self) -> DraftBlock | None:
@@ -379,7 +381,7 @@ class RowBatch:
         """How many of each row's tokens the target is to confirm: [R] (None: all), and on the host."""
         if block is None or not self.schedule.needs_confidence:
             return None, [0 if block is None else block.token_ids.shape[1]] * len(self.rows)
-        limits = self.schedule(block.confidence).to(self.ids.device)
+        limits = self.schedule.padded(block.confidence).to(self.ids.device)
         if self.agreement.is_needed:
             limits = self.agreement.of_first(limits)
         # The width of the verification is a shape, which the host must know: one synchronisation a round.

@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
+from .attention_interface import block_attention_on
 from .compat import CACHE
 from .draft import draft_block
 from .features import FeatureTap
@@ -56,6 +57,8 @@ def profile_costs(
     draft.bind_target(target)
     sizes = _sizes(max_tokens, batch_size)
     with ExitStack() as stack:
+        # Forwards of the rounds attend as they do there.
+        stack.enter_context(block_attention_on(target, draft, attention_mask=None, output_attentions=False))
         bench = {rows: _Bench(target, draft, rows, prompt_length, stack) for rows in {rows for rows, _ in sizes}}
         runs = {("target", rows * width): (bench[rows].verify, width) for rows, width in sizes}
         runs |= {("draft", rows): (bench[rows].draft_block, None) for rows in sorted(bench)}

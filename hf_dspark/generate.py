@@ -151,6 +151,7 @@ class _Call:
         _stream(streamer, decision)
 
     def _round(self, state: DecodeState, candidates: DSparkCandidateGenerator, rewinder: Rewinder, streamer) -> None:
+        start = self.watch.host_seconds()
         with self.watch.part("draft"):
             block = candidates.propose(state.input_ids)
             verify_length = 0 if block is None else candidates.verify_length(block)
@@ -172,7 +173,9 @@ class _Call:
         candidates.observe(candidates.tap.take(verification.outputs)[:, num_pending:][:, :num_read])
         self._commit(state, verification, decision)
         state.rounds.append(RoundRecord.of(block, verify_length, decision.num_accepted, decision.emitted_ids))
-        self.schedule.observe(num_read, None if block is None else verify_length)
+        # Behind the round's synchronisation the host's clock is right. Processes that must agree have one clock each.
+        seconds = None if self.agreement.is_needed else self.watch.host_seconds() - start
+        self.schedule.observe(num_read, None if block is None else verify_length, seconds=seconds)
         _stream(streamer, decision)
 
     def _read_pending(self, state: DecodeState, candidates: DSparkCandidateGenerator, rewinder: Rewinder) -> None:
@@ -332,6 +335,11 @@ class Stopwatch:
 
     def stop(self, name: str) -> None:
         self._spans.append((name, self._open.pop(name), self._now()))
+
+    @staticmethod
+    def host_seconds() -> float:
+        """The host's clock."""
+        return time.perf_counter()
 
     def seconds(self) -> dict[str, float]:
         """Sums by part."""

@@ -23,6 +23,10 @@ class Schedule:
     __slots__ = ()
     gate: "DraftGate | None" = None
 
+    def padded(self, confidence: torch.Tensor) -> torch.Tensor:
+        """As a call, where shorter rows are padded to the longest."""
+        return self(confidence)
+
     def should_draft(self) -> bool:
         """Whether the next round drafts at all; asked before anything is drafted."""
         return self.gate is None or self.gate.should_draft()
@@ -261,7 +265,7 @@ class ThroughputSchedule(Schedule):
     Args:
         num_tokens: at most so many drafted tokens a request; None is the whole block.
         packed: whether the forward holds just the admitted tokens. Otherwise shorter rows are padded to the longest,
-            so all requests verify the same number.
+            so all requests verify the same number; so generate() asks, which pads (`padded`).
         gate: decides whether a round drafts at all; default is one with the same table.
     """
 
@@ -286,6 +290,12 @@ class ThroughputSchedule(Schedule):
 
         Nothing is read back from the device.
         """
+        return self._lengths(confidence, num_drafted, self.packed)
+
+    def padded(self, confidence: torch.Tensor) -> torch.Tensor:
+        return self._lengths(confidence, None, False)
+
+    def _lengths(self, confidence: torch.Tensor, num_drafted: torch.Tensor | None, packed: bool) -> torch.Tensor:
         num_requests, length = confidence.shape
         length = length if self.num_tokens is None else min(self.num_tokens, length)
         # Products that a parallel scan takes in another order may rise by a rounding; a prefix must not.
@@ -293,8 +303,8 @@ class ThroughputSchedule(Schedule):
         if num_drafted is None:
             num_drafted = torch.full((num_requests,), length, device=survival.device)
         is_there = torch.arange(length, device=survival.device) < num_drafted.unsqueeze(-1)
-        rank, gains = _admission_order(survival.masked_fill(~is_there, -1.0), packed=self.packed)
-        width = 1 if self.packed else num_requests
+        rank, gains = _admission_order(survival.masked_fill(~is_there, -1.0), packed=packed)
+        width = 1 if packed else num_requests
         gains = gains[: max(0, self.cost_table.max_batch_tokens - num_requests) // width]
         throughput = self._throughput(gains, num_requests, width)
         count = (throughput[1:] > throughput[:-1]).long().cumprod(0).sum()
@@ -302,7 +312,7 @@ class ThroughputSchedule(Schedule):
             if len(self._capacities) == 2:
                 capacity, before = self._capacities[0]
                 # Rows may have finished since; a column of padded rows is one step, whatever its height.
-                count = capacity * num_requests // before if self.packed else capacity
+                count = capacity * num_requests // before if packed else capacity
                 count = count.clamp_max(len(gains))
             self._capacities.append((throughput.argmax(), num_requests))
         return ((rank < count) & is_there).sum(-1)
