@@ -1,8 +1,8 @@
 """Rounds of fixed shapes through torch.compile: `draft.compile_round(target)`.
 
-Verification always covers a whole block, caches have a power of two of slots and stay where they are in memory between
-calls, and rows that ended are not dropped. So one graph serves all rounds of all calls that need as many slots and
-rows; on CUDA it is captured as a CUDA graph. Prompts are read eagerly.
+Verification always covers a whole block, numbers of slots are rounded up, caches stay where they are in memory between
+calls, and rows that ended are not dropped. So one graph serves all rounds of all calls that need about as many slots
+and as many rows; on CUDA it is captured as a CUDA graph. Prompts are read eagerly.
 """
 
 from collections.abc import Callable
@@ -31,8 +31,9 @@ class CompiledRound:
         self._caches: dict[tuple, tuple[SlotCache, SlotCache]] = {}
 
     def num_slots(self, needed: int) -> int:
-        """Slots of the caches for rows of `needed` tokens."""
-        return max(_MIN_SLOTS, 1 << (needed - 1).bit_length())
+        """Slots of the caches for rows of `needed` tokens: eight sizes from one power of two to the next."""
+        step = max(_MIN_SLOTS, 1 << max(0, needed.bit_length() - 4))
+        return -(-needed // step) * step
 
     def caches(
         self, windows: list[int | None], num_draft_layers: int, num_rows: int, num_slots: int

@@ -86,8 +86,8 @@ class SpeculativeDecoding:
         """Have generate() of `target` with this draft run its rounds through torch.compile, in fixed shapes.
 
         `options` are torch.compile's; default is CUDA graphs on CUDA, and torch's own default elsewhere. The first
-        calls compile, for tens of seconds; a later one that needs more slots than any before (the next power of two
-        of prompt and new tokens), or another number of rows, compiles again.
+        calls compile, for tens of seconds; a later one compiles again where prompt and new tokens need another number
+        of slots (eight between powers of two, and 256 at least), or it has another number of rows.
         """
         self.bind_target(target)
         check_target(target, self)

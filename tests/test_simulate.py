@@ -194,9 +194,9 @@ def test_context_is_in_both_caches_before_the_first_forward(pair, monkeypatch):
     seen = []
     forward = pair.draft.forward
 
-    def spy(features, block_ids, position_ids, cache):
+    def spy(features, block_ids, position_ids, cache, *masks):
         seen.append((cache.get_seq_length(), features.shape[1], position_ids[0, 0].item()))
-        return forward(features, block_ids, position_ids, cache)
+        return forward(features, block_ids, position_ids, cache, *masks)
 
     monkeypatch.setattr(pair.draft, "forward", spy)
     lengths = []
@@ -259,7 +259,7 @@ def test_plain_functions_are_forced_for_the_length_of_a_call(monkeypatch, before
     monkeypatch.delenv("HF_DSPARK_KERNELS", raising=False)
     if before is not None:
         monkeypatch.setenv("HF_DSPARK_KERNELS", before)
-    with BY_NAME["dspark_plain_functions"].scope():
+    with BY_NAME["dspark_plain_functions"].scope(None, None):
         assert os.environ["HF_DSPARK_KERNELS"] == "0"
     assert os.environ.get("HF_DSPARK_KERNELS") == before
 

@@ -23,7 +23,7 @@ from .counts import counted_rounds
 from .environment import describe_environment
 from .metrics import quartiles
 from .roofline import DeviceRates, draft_work, target_work
-from .simulated_arms import PLAIN, PLAIN_COMPILED, Arm, arms_for
+from .simulated_arms import PLAIN, PLAIN_COMPILED, Arm, arms_for, forget_compiled
 from .simulated_pair import SimulatedPair
 
 logger = logging.get_logger(__name__)
@@ -104,7 +104,7 @@ class _Bench:
         num_tokens = self.num_tokens if num_tokens is None else num_tokens
         arguments = {"max_new_tokens": num_tokens, "do_sample": False, **arm.arguments(draft)}
         arguments |= {"attention_mask": torch.ones_like(self.prompts), **self._cache_argument(arm)}
-        with arm.scope(), _time_after_first_forward(target) as starts:
+        with arm.scope(target, draft), _time_after_first_forward(target) as starts:
             output = target.generate(self.prompts, **arguments)
             seconds = now(self.device) - starts[0]
         is_right = torch.equal(output[:, self.context :], self._expected[:, :num_tokens])
@@ -122,8 +122,9 @@ class _Bench:
 
     def forget(self, arm: Arm) -> None:
         """Free the memory that `arm` kept: its cache, and code that was compiled for it."""
-        if self._static.pop(arm.name, None) is not None:
-            torch.compiler.reset()
+        self._static.pop(arm.name, None)
+        if arm.is_compiled:
+            forget_compiled(self.pair.target)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

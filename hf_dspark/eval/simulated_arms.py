@@ -1,13 +1,14 @@
 """The ways to decode that a simulation compares; one more is one more entry of `ARMS`."""
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, CompileConfig, DynamicCache, PreTrainedConfig, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from ..modeling_dspark import DSparkDraftModel
 
@@ -19,14 +20,14 @@ class Arm:
     """One way to decode.
 
     `cache` makes an empty cache for so many positions, None: the arm makes its own and reads the whole prompt;
-    `arguments` are those of generate() besides; `scope` is open during a call; what is not `on_cpu` runs there only
-    if it is named.
+    `arguments` are those of generate() besides; `scope` (of target, draft) is open during a call; what is not `on_cpu`
+    runs there only if it is named.
     """
 
     name: str
     arguments: Callable[[DSparkDraftModel], Mapping[str, Any]]
     cache: Callable[[PreTrainedConfig, int], Cache] | None = lambda config, length: DynamicCache(config=config)
-    scope: Callable[[], Any] = nullcontext
+    scope: Callable[[PreTrainedModel, DSparkDraftModel], Any] = lambda target, draft: nullcontext()
     is_drafting: bool = True
     is_ours: bool = True
     is_compiled: bool = False
@@ -45,6 +46,28 @@ def _environment(name: str, value: str):
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+_compiled_rounds: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of targets, between the calls of their arm
+
+
+@contextmanager
+def _compiled_round(target: PreTrainedModel, draft: DSparkDraftModel):
+    """The draft's rounds compiled, for this call alone."""
+    if target in _compiled_rounds:
+        draft.compiled_rounds[target] = _compiled_rounds.pop(target)
+    else:
+        draft.compile_round(target)
+    try:
+        yield
+    finally:
+        _compiled_rounds[target] = draft.compiled_rounds.pop(target)
+
+
+def forget_compiled(target: PreTrainedModel) -> None:
+    """Free what was compiled for `target`, and the caches of its rounds."""
+    _compiled_rounds.pop(target, None)
+    torch.compiler.reset()
 
 
 def _compiled_anywhere() -> CompileConfig:
@@ -69,9 +92,15 @@ ARMS = (
     Arm(
         "dspark_plain_functions",
         lambda draft: {"assistant_model": draft},
-        scope=lambda: _environment("HF_DSPARK_KERNELS", "0"), on_cpu=False,
+        scope=lambda target, draft: _environment("HF_DSPARK_KERNELS", "0"), on_cpu=False,
     ),
     Arm("dspark", lambda draft: {"assistant_model": draft}),
+    Arm(
+        "dspark_compiled",
+        lambda draft: {"assistant_model": draft},
+        scope=lambda target, draft: _compiled_round(target, draft),
+        is_compiled=True, on_cpu=False,
+    ),
 )  # fmt: skip
 
 
