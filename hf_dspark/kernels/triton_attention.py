@@ -14,6 +14,21 @@ def block_attention(
     query, key, value, *, scaling, is_causal, lengths=None, mask=None, window=None, softcap=None, sinks=None
 ):
     """See `attention.block_attention`."""
+    run = _as_one_operator if torch.compiler.is_compiling() else _launch
+    return run(query, key, value, lengths, scaling, is_causal, window, softcap, sinks)
+
+
+def _launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: torch.Tensor | None,
+    scaling: float,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
     batch_size, num_heads, num_rows, head_dim = query.shape
     num_key_heads, num_keys = key.shape[1], key.shape[2]
     group = num_heads // num_key_heads
@@ -65,6 +80,16 @@ def block_attention(
         **options(head_dim, query.element_size()),
     )
     return output.transpose(1, 2)
+
+
+# A trace cannot look into how the kernels are launched, and need not.
+_as_one_operator = torch.library.custom_op("hf_dspark::block_attention", _launch, mutates_args=())
+
+
+@_as_one_operator.register_fake
+def _(query, key, value, lengths, scaling, is_causal, window, softcap, sinks):
+    batch_size, num_heads, num_rows, head_dim = query.shape
+    return query.new_empty(batch_size, num_rows, num_heads, head_dim).transpose(1, 2)
 
 
 def why_not_block_attention(
