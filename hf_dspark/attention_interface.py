@@ -39,18 +39,17 @@ def dspark_attention(
 ) -> tuple[torch.Tensor, None]:
     """`block_attention` as models call it, [B, L, H, Dv]. Prompts and training go to sdpa where it can serve."""
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    num_rows, num_keys = query.shape[2], key.shape[2]
-    is_block = kv_lengths is not None or num_rows < min(num_keys, MAX_BLOCK + 1) or num_rows == 1
-    needs_sdpa = dropout > 0 or kwargs.get("position_bias") is not None
-    if softcap is None and s_aux is None and (needs_sdpa or not is_block):
-        if attention_mask is None and is_causal and 1 < num_rows < num_keys:  # sdpa's own would end at the upper left
-            attention_mask = visible_keys(query, key, is_causal=True)
+    is_sdpas = softcap is None and s_aux is None and kv_lengths is None
+    if dropout > 0 or kwargs.get("position_bias") is not None or (is_sdpas and not _is_block(query, key)):
+        if not is_sdpas:
+            raise ValueError(
+                f"{type(module).__name__} asks `attn_implementation='dspark'` for dropout or a position bias together "
+                "with a soft-cap, sinks or a batch in slots. Load the model with `attn_implementation='eager'`."
+            )
         settings = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings, **kwargs)
+        return _attend_by_sdpa(module, query, key, value, attention_mask, **settings, **kwargs)
     window = sliding_window if kv_lengths is not None else None
-    if kv_lengths is not None:
-        attention_mask = None
-    elif sliding_window is not None and getattr(attention_mask, "block_window", None) == sliding_window:
+    if sliding_window is not None and getattr(attention_mask, "block_window", None) == sliding_window:
         attention_mask, window = None, sliding_window
     output = block_attention(
         query,
@@ -59,12 +58,24 @@ def dspark_attention(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         is_causal=is_causal,
         lengths=kv_lengths,
-        mask=attention_mask,
+        mask=attention_mask if kv_lengths is None else None,
         window=window,
         softcap=softcap,
         sinks=s_aux,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_block(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether these are a few queries behind other keys, or a single one; otherwise they are a prompt."""
+    num_rows = query.shape[2]
+    return num_rows == 1 or (num_rows < key.shape[2] and num_rows <= MAX_BLOCK)
+
+
+def _attend_by_sdpa(module, query, key, value, attention_mask, *, is_causal: bool, **kwargs):
+    if attention_mask is None and is_causal and 1 < query.shape[2] < key.shape[2]:
+        attention_mask = visible_keys(query, key, is_causal=True)  # sdpa's own would end at the upper left
+    return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
 
 
 def block_mask(

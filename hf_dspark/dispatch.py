@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 
 import torch
@@ -20,7 +21,7 @@ SWITCH = "HF_DSPARK_KERNELS"  # "0" forces the plain functions
 _names: list[str] = []  # of the functions that may have a twin
 _twins: dict[str, tuple[Callable, Callable]] = {}  # name -> the twin and its `why_not`
 _devices: frozenset[torch.device] = frozenset()  # that twins run on
-_missing = "the kernels were not loaded"  # why there are no twins
+_missing: str | None = None  # why there are no twins; None: not looked yet
 _notes: dict[str, dict[str, None]] = {}  # what was said of a function since `load_kernels`, in order
 
 
@@ -31,13 +32,18 @@ def with_kernel(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def choose(tensor: torch.Tensor, *args, **kwargs):
+        is_traced = torch.compiler.is_compiling()
+        if _missing is None and not is_traced:
+            load_kernels()
         reason = _missing
         if name in _twins:
             twin, why_not = _twins[name]
             reason = why_not(tensor, *args, **kwargs) if tensor.device in _devices else f"it is on {tensor.device}"
             if reason is None:
                 note(name, "Triton")
-                return twin(tensor, *args, **kwargs)
+                # Triton launches on the current device; in a trace the compiler sees to that.
+                with nullcontext() if is_traced else torch.cuda.device_of(tensor):
+                    return twin(tensor, *args, **kwargs)
         note(name, f"not Triton: {reason}", is_loss=tensor.is_cuda)
         return function(tensor, *args, **kwargs)
 
@@ -45,7 +51,10 @@ def with_kernel(function: Callable) -> Callable:
 
 
 def load_kernels() -> None:
-    """Find the twins, as the switch says now, and forget all notes. The loop calls it once, outside any trace."""
+    """Find the twins, as the switch says now, and forget all notes. The loop calls it before each call.
+
+    Else the first function that may have a twin does it, outside any trace.
+    """
     global _twins, _devices, _missing
     _notes.clear()
     found = _find()

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch._dynamo.testing
 from tiny import (
     KINDS,
     WINDOW,
@@ -95,6 +96,20 @@ def test_block_in_a_static_cache_gives_the_same_logits(kind):
     torch.testing.assert_close(logits[2:], logits[:2], atol=2e-5, rtol=2e-5)
 
 
+def test_blocks_in_a_static_cache_compile_into_one_graph():
+    usual, named = _pair("qwen3")
+    prompt, blocks, logits = random_prompt(64, 7, seed=2), random_prompt(64, 3 * BLOCK, seed=3).split(BLOCK, dim=1), []
+    graphs = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(named.forward, backend=graphs, fullgraph=True)
+    for target, forward in ((usual, usual.forward), (named, compiled)):
+        cache = StaticCache(config=target.config, max_cache_len=40)
+        with torch.no_grad():
+            target(prompt, **{CACHE: cache})
+            logits += [forward(block, **{CACHE: cache}).logits for block in blocks]
+    torch.testing.assert_close(logits[3:], logits[:3], atol=2e-5, rtol=2e-5)
+    assert graphs.frame_count == 1
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
 @pytest.mark.parametrize("length", [1, BLOCK, 20])
 def test_training_is_sdpas_with_dropout_and_gradients(kind, length):
@@ -120,6 +135,14 @@ def test_dropout_behind_other_keys_ends_at_the_lower_right(target):
     query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
     expected, _ = dspark_attention(module, query, key, value, None)
     torch.testing.assert_close(dspark_attention(module, query, key, value, None, dropout=1e-9)[0], expected)
+
+
+@pytest.mark.parametrize("given", [{"softcap": 1.0}, {"s_aux": torch.zeros(4)}, {"kv_lengths": torch.tensor([7])}])
+@pytest.mark.parametrize("asked", [{"dropout": 0.1}, {"position_bias": torch.zeros(1, 4, 3, 7)}])
+def test_what_neither_can_do_is_refused(target, given, asked):
+    states = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    with pytest.raises(ValueError, match="eager"):
+        dspark_attention(target.model.layers[0].self_attn, *states, None, **given, **asked)
 
 
 @pytest.mark.core

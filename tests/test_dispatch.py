@@ -48,6 +48,14 @@ def test_twin_runs_where_it_fits(double):
     assert double.__doc__ == "Twice as much."
 
 
+def test_twins_are_looked_for_at_first_use(double, monkeypatch):
+    """Plain generate() with `attn_implementation="dspark"` has no loop that would load them."""
+    monkeypatch.setattr(dispatch, "_twins", {})
+    monkeypatch.setattr(dispatch, "_missing", None)
+    double(X)
+    assert double.ran == ["twin"]
+
+
 def test_plain_function_runs_for_the_twins_reason(double):
     assert double(X, times=3).tolist() == [3, 3, 3]
     assert double.ran == ["plain"]
