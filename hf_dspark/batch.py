@@ -418,10 +418,11 @@ class RowBatch:
     def _attention(self, slots: torch.Tensor) -> dict[str, Any]:
         """What tells the target's attention which slots are seen."""
         implementation = self.target.get_decoder().config._attn_implementation
-        if implementation == BLOCK_ATTENTION:  # any mask of four axes keeps the model from making one of its own
-            lengths = slots[:, -1] + 1
-            return {"attention_mask": _no_mask(self.cache.windows, slots.device), "kv_lengths": lengths}
-        dtype = None if implementation == "sdpa" else self.target.dtype
+        if implementation == BLOCK_ATTENTION and not any(self.cache.windows):  # not all models hand a window on
+            # Any mask of four axes keeps the model from making one of its own.
+            no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=slots.device)
+            return {"attention_mask": no_mask, "kv_lengths": slots[:, -1] + 1}
+        dtype = self.target.dtype if implementation == "eager" else None
         return {"attention_mask": slot_masks(slots, self.cache.stop, self.cache.windows, dtype=dtype)}
 
     def _anchors(self, rows: list[Row]) -> torch.Tensor:
@@ -441,10 +442,3 @@ class RowBatch:
     def _widen(self, num_columns: int) -> None:
         if num_columns >= self.ids.shape[1]:
             self.ids = pad(self.ids, (0, num_columns - self.ids.shape[1] + 1 + GROWTH))
-
-
-def _no_mask(windows: list[int | None], device: torch.device):
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    if len(set(windows)) == 1:
-        return mask
-    return {"full_attention": mask, "sliding_attention": mask}
