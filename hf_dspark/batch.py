@@ -4,35 +4,25 @@ The steps and their order are those of `generate.py`. Rows come in (`admit`) and
 row costs nothing; one that verified fewer tokens, or had fewer accepted, does not hold the others up.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .accept import choose_tokens
 from .agreement import Agreement
 from .attention_interface import NAME as BLOCK_ATTENTION
+from .batch_draft import BatchDraft
 from .compat import CACHE
 from .compiled import CompiledRound
-from .draft import draft_block, join_laws
 from .features import FeatureTap
-from .rows import Emission, Emit, Row, groups_of, rows_of
+from .rows import Columns, Emission, Emit, Row, groups_of, rows_of
 from .sampling import Prefixes
 from .schedule import Schedule
-from .slots import (
-    GROWTH,
-    PADDING,
-    SlotCache,
-    draft_slot_masks,
-    move_into_slots,
-    move_out_of_slots,
-    slot_masks,
-    windows_of,
-)
-from .state import Choice, DecodeState, Distribution, DraftBlock, DraftContext, RoundRecord
-from .terms import Terms, Verdicts
+from .slots import SlotCache, move_into_slots, slot_masks, windows_of
+from .state import Choice, DecodeState, DraftBlock, RoundRecord
+from .terms import Verdicts
 
 
 class RowBatch:
@@ -60,23 +50,22 @@ class RowBatch:
         compiled: CompiledRound | None = None,
     ):
         self.draft, self.target, self.tap, self.schedule = draft, target, tap, schedule
-        self.whole_blocks = whole_blocks or compiled is not None
         self.compiled = compiled
         self.forward = target if compiled is None else compiled.target_forward
         self.agreement = Agreement(target)
         self.rows: list[Row] = []
-        self.cache: SlotCache | None = None  # the target's; its layers are known after the first prefill
-        self.draft_cache = SlotCache([None] * draft.config.num_hidden_layers, num_rows, num_slots)
         self.token_types: tuple[str, ...] = ()  # arguments of the target that name a type for every token
-        device = target.get_input_embeddings().weight.device
-        self.ids = torch.zeros(num_rows, num_slots + 1, dtype=torch.long, device=device)  # the last column is junk
-        # By place: columns; columns in no slot; what a position is above its slot; where the draft's context begins.
-        columns = torch.zeros(4, num_rows, dtype=torch.long, device=device)
-        self.lengths, self.paddings, self.shifts, self.starts = columns
-        # Features [R, w, m*H] that the draft has not read, and their slots [R, w].
-        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.fresh: list[tuple[Row, torch.Tensor, torch.Tensor]] = []  # the same of rows that came in behind others
-        self._laws: dict[int, list[Distribution | None]] = {}  # of the last block's tokens, by call
+        self.columns = Columns(num_rows, num_slots, target.get_input_embeddings().weight.device)
+        self.cache: SlotCache | None = None  # the target's; its layers are known after the first prefill
+        self.drafting = BatchDraft(
+            draft,
+            self.columns,
+            SlotCache([None] * draft.config.num_hidden_layers, num_rows, num_slots),
+            schedule,
+            self.agreement,
+            whole_blocks=whole_blocks or compiled is not None,
+            compiled=compiled,
+        )
         self._lengths: list[int] = []  # of the last round, verify lengths
         self._calls: dict[int, list[Row]] = {}  # all rows of each call that goes on, where processors see them
 
@@ -93,59 +82,27 @@ class RowBatch:
             features: [k, n, m*H] of the last n columns.
             token_types: arguments of the target that name a type for every token.
         """
-        first, last = len(self.rows), len(self.rows) + len(rows)
+        first = len(self.rows)
         if self.cache is None:
-            windows = windows_of(cache, self.target.config.get_text_config(decoder=True))
-            sizes = (len(self.ids), self.draft_cache.num_slots)
-            self.cache = SlotCache(windows, *sizes)
-            if self.compiled is not None:
-                num_layers = self.draft.config.num_hidden_layers
-                self.cache, self.draft_cache = self.compiled.caches(windows, num_layers, *sizes)
+            self.cache = self._new_cache(cache)
         move_into_slots(cache, slots, self.cache, slots.shape[1], first_row=first)
         self.token_types = token_types
-        self._widen(input_ids.shape[1])
-        self.ids[first:last, : input_ids.shape[1]] = input_ids
-        self.lengths[first:last] = input_ids.shape[1]
-        self.paddings[first:last] = input_ids.shape[1] - 1 - slots[:, -1]
-        self.shifts[first:last] = positions - slots[:, -1]
-        own = slots[:, -features.shape[1] :]
-        self.starts[first:last] = own.min(-1).values
+        self.columns.put(first, input_ids, slots[:, -1], positions)
         for place, row in enumerate(rows, first):
             row.place = place
             if not row.terms.rule.is_prefix_free:
                 self._calls.setdefault(id(row.terms), []).append(row)
         self.rows += rows
-        if first == 0:
-            self.pending, self.fresh = [(features, own)], []
-            return
-        num_new = (0, len(rows))
-        self.pending = [
-            (pad(part, (0, 0, 0, 0, *num_new)), pad(places, (0, 0, *num_new), value=PADDING))
-            for part, places in self.pending
-        ]
-        # By themselves, or the features of all other rows would be padded to this prompt's length.
-        self.fresh += zip(rows, features.split(1), own.split(1), strict=True)
+        self.drafting.admit(rows, features, slots[:, -features.shape[1] :])
 
-    def take_over(self, context: DraftContext, slots: torch.Tensor) -> None:
-        """Go on with what the draft read in an earlier call: tokens in `slots` [R, n] of the rows just admitted."""
-        num_read = context.cache.get_seq_length()
-        move_into_slots(context.cache, slots[:, :num_read], self.draft_cache, self.draft_cache.num_slots)
-        if context.features:
-            self.pending.insert(0, (torch.cat(context.features, dim=1), slots[:, num_read:]))
-        self.starts[: len(slots)] = slots.min(-1).values
-
-    def hand_back(self, columns: torch.Tensor) -> DraftContext | None:
-        """What the draft read, for a later call, in `columns` [R, C] of slots; None where rows were dropped."""
-        if any(len(features) < len(self.rows) for features, _ in self.pending):
-            return None
-        features = torch.cat([part for part, _ in self.pending], dim=1)
-        slots = torch.cat([part for _, part in self.pending], dim=1)
-        self._draft(features, slots, self.rows, num_tokens=1)
-        context = DraftContext(DynamicCache(), target_length=columns.shape[1])
-        places = torch.arange(len(columns), device=columns.device)
-        move_out_of_slots(self.draft_cache, columns, context.cache, places)
-        context.last_position = columns[:, -1:] + self.shifts[: len(columns), None]
-        return context
+    def _new_cache(self, prefilled: Cache) -> SlotCache:
+        """Slots for the target's layers; compiled rounds bring both caches with them."""
+        windows = windows_of(prefilled, self.target.config.get_text_config(decoder=True))
+        sizes = (len(self.columns.lengths), self.drafting.cache.num_slots)
+        if self.compiled is None:
+            return SlotCache(windows, *sizes)
+        cache, self.drafting.cache = self.compiled.caches(windows, self.draft.config.num_hidden_layers, *sizes)
+        return cache
 
     def drop(self, finished: list[Row]) -> None:
         """Move ended rows behind the others; they stay as they are until another row takes their place."""
@@ -155,17 +112,14 @@ class RowBatch:
             last = moved.place
             if place != last:
                 self.cache.swap_rows(place, last)
-                self.draft_cache.swap_rows(place, last)
+                self.drafting.cache.swap_rows(place, last)
                 self.rows[place], moved.place, row.place = moved, place, last
                 order[place], order[last] = order[last], order[place]
         going_on = {id(row.terms) for row in self.rows}
         self._calls = {call: rows for call, rows in self._calls.items() if call in going_on}
-        index = torch.tensor(order, device=self.ids.device)
-        for buffer in (self.ids, self.lengths, self.paddings, self.shifts, self.starts):
-            buffer[: len(order)] = buffer[: len(order)][index]
-        kept = index[: len(self.rows)]
-        self.pending = [(features[kept.to(features.device)], slots[kept]) for features, slots in self.pending]
-        self.fresh = [part for part in self.fresh if part[0] not in finished]
+        index = torch.tensor(order, device=self.columns.ids.device)
+        self.columns.reorder(index)
+        self.drafting.reorder(index, len(self.rows), finished)
 
     def take_back(self, rows: list[Row]) -> None:
         """Count dropped rows again, all that ever came in."""
@@ -181,17 +135,21 @@ class RowBatch:
         """
         start = watch.host_seconds()
         with watch.part("draft"):
-            block = self.propose()
+            block = self.drafting.propose(self.rows, self._own_prefixes())
             limits, self._lengths = self._verify_lengths(block)
         width = max(self._lengths)
         if self.compiled is not None and block is not None:
             width = block.token_ids.shape[1]
-        draft_ids = self.ids[: len(self.rows), :0] if block is None else block.token_ids[:, :width].to(self.ids.device)
+        draft_ids = (
+            self.columns.ids[: len(self.rows), :0]
+            if block is None
+            else block.token_ids[:, :width].to(self.columns.ids.device)
+        )
         with watch.part("verify"):
             logits, outputs = self.verify(draft_ids)
         emission = (emit or self.emit)(self.rows, logits, draft_ids, block, limits)
-        self.hand_over(self.tap.take(outputs), emission)
-        self.commit(self.rows, emission)
+        self.drafting.hand_over(self.rows, self.tap.take(outputs), emission)
+        self.columns.append(self.rows, emission)
         for place, (row, count) in enumerate(zip(self.rows, emission.counts, strict=True)):
             if row.ended:
                 continue
@@ -203,43 +161,19 @@ class RowBatch:
         self.schedule.observe(sum(emission.counts), verified, num_requests=len(self.rows), seconds=seconds)
         return emission, logits, outputs
 
-    def propose(self) -> DraftBlock | None:
-        """Draft a block for every row; None where there is nothing to draft."""
-        config, schedule = self.draft.config, self.schedule
-        limit = config.block_size if schedule.num_tokens is None else schedule.num_tokens
-        num_tokens = min(config.block_size, limit)
-        if not self.whole_blocks:
-            num_tokens = min(num_tokens, max(row.room for row in self.rows) - 1)
-        if num_tokens < 1 or not schedule.should_draft():
-            return None
-        for row, *context in self.fresh:
-            self._draft(*context, [row], num_tokens=1)
-        self.fresh = []
-        features = torch.cat([part for part, _ in self.pending], dim=1)
-        slots = torch.cat([part for _, part in self.pending], dim=1)
-        self.pending = []
-        if self.compiled is not None:
-            features, slots = self._of_one_width(features, slots, num_tokens + 1)
-        self._laws = {}
-        block = self._draft(features, slots, self.rows, num_tokens=num_tokens, sampler=self._sampler(num_tokens))
-        token_ids = block.token_ids
-        if self.agreement.is_needed:
-            token_ids = self.agreement.of_first(token_ids)
-        return replace(block, token_ids=token_ids)
-
     def verify(self, draft_ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Logits [R, L+1, V] of the target, in fp32, after the anchors and each of `draft_ids` [R, L]; its outputs."""
-        columns = torch.arange(draft_ids.shape[1] + 1, device=self.ids.device)
-        slots = self._anchor_slots(self.rows).unsqueeze(-1) + columns
+        columns = torch.arange(draft_ids.shape[1] + 1, device=self.columns.ids.device)
+        slots = self.columns.anchor_slots(self.rows).unsqueeze(-1) + columns
         self.cache.place(slots, max(row.num_slots for row in self.rows) + draft_ids.shape[1])
-        tokens = torch.cat([self._anchors(self.rows).unsqueeze(-1), draft_ids], dim=1)
+        tokens = torch.cat([self.columns.anchors(self.rows).unsqueeze(-1), draft_ids], dim=1)
         arguments = {"input_ids": tokens, CACHE: self.cache, "use_cache": True}
-        arguments["position_ids"] = self._positions(slots, self.rows)
+        arguments["position_ids"] = self.columns.positions(slots, self.rows)
         arguments |= self._attention(slots) | self.tap.forward_kwargs
         arguments |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
         with self.target._optimize_model_for_decode():
             outputs = self.forward(**arguments, return_dict=True)
-        return outputs.logits.to(self.ids.device, torch.float32), outputs
+        return outputs.logits.to(self.columns.ids.device, torch.float32), outputs
 
     def emit(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Emission:
         """Accept, add the target's own token, and stop where plain generate() would.
@@ -278,110 +212,17 @@ class RowBatch:
 
     def _first_stop(self, row: Row, tokens: torch.Tensor) -> tuple[int, bool]:
         """How many of `tokens` [1, m] come before the criteria of a row's own call stop it, and whether they do."""
-        state = DecodeState(self.ids[row.place : row.place + 1, : row.length], {}, 0)
+        state = DecodeState(self.columns.ids[row.place : row.place + 1, : row.length], {}, 0)
         count, stops = Verdicts(row.terms, state).first_stop(tokens, None)
         return count, any(stops)
 
-    def law_of(self, terms: Terms) -> Distribution | None:
-        """The law of the last block's tokens in the rows of a call."""
-        return join_laws(self._laws.get(id(terms), [None]))
-
-    def hand_over(self, features: torch.Tensor, emission: Emission) -> None:
-        """Keep the features [R, L+1, m*H] of tokens that stay for the draft; call before `commit`."""
-        columns = torch.arange(features.shape[1], device=self.ids.device)
-        counts = torch.tensor(emission.counts, device=self.ids.device).unsqueeze(-1)
-        slots = self._anchor_slots(self.rows).unsqueeze(-1) + columns
-        self.pending.append((features, torch.where(columns < counts, slots, PADDING)))
-
-    def commit(self, rows: list[Row], emission: Emission) -> None:
-        """Make the emitted tokens part of `rows`, which lie side by side."""
-        tokens, counts = emission.token_ids, torch.tensor(emission.counts, device=self.ids.device)
-        own = slice(rows[0].place, rows[0].place + len(rows))
-        self._widen(max(row.length for row in rows) + tokens.shape[1])
-        offsets = torch.arange(tokens.shape[1], device=self.ids.device)
-        columns = self.lengths[own, None] + offsets
-        columns = torch.where(offsets < counts.unsqueeze(-1), columns, self.ids.shape[1] - 1)
-        self.ids[own] = self.ids[own].scatter(1, columns, tokens)
-        self.lengths[own] += counts
-        for row, count in zip(rows, emission.counts, strict=True):
-            row.length += count
-            row.num_slots += count
-            row.num_emitted += 0 if row.ended else count
-
     # parts
-
-    def _draft(self, features, slots, rows: list[Row], *, num_tokens: int, sampler=None) -> DraftBlock:
-        """A block for `rows`, which lie side by side; their new context `features` [R, w, m*H] goes to `slots`."""
-        config, cache = self.draft.config, self.draft_cache
-        device, own = self.draft.device, slice(rows[0].place, rows[0].place + len(rows))
-        anchor_slots = self._anchor_slots(rows)
-        inputs = anchor_slots.unsqueeze(-1) + torch.arange(config.num_block_inputs, device=self.ids.device)
-        all_slots = torch.cat([slots, inputs], dim=1)
-        stop = max(row.num_slots for row in rows) - 1 + config.num_block_inputs
-        cache.place(all_slots, stop, first_row=rows[0].place)
-        is_compiled = self.compiled is not None and sampler is not None
-        settings = {"causal": config.causal, "window": config.sliding_window}
-        masks = draft_slot_masks(
-            anchor_slots, self.starts[own], config.num_block_inputs, cache.stop, config.layer_types, **settings
-        )
-        return draft_block(
-            self.draft,
-            features.to(device),
-            self._anchors(rows).to(device),
-            cache,
-            position_ids=self._positions(all_slots, rows).to(device),
-            num_tokens=num_tokens,
-            sampler=sampler,
-            attention_mask={name: mask.to(device) for name, mask in masks.items()},
-            forward=self.compiled.draft_forward if is_compiled else None,
-        )
-
-    def _of_one_width(self, features, slots, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pending context of `width` positions; more than these, a prompt's, are read at once."""
-        if features.shape[1] > width or not self.draft_cache.is_initialized:
-            self._draft(features, slots, self.rows, num_tokens=1)
-            features, slots = features[:, :0], slots[:, :0]
-        missing = width - features.shape[1]
-        return pad(features, (0, 0, 0, missing)), pad(slots, (0, missing), value=PADDING)
-
-    def _sampler(self, num_tokens: int):
-        """The rules of the rows' calls: one sampler for the whole block where they are one and allow it."""
-        groups = groups_of(self.rows)
-        ids = self.ids[: len(self.rows)]
-        # Each draws its random numbers for the whole block, so that a row by itself draws what it would alone.
-        samplers = [
-            None if terms.rule.temperature is None else terms.rule.temperature_sampler(ids[: len(group)], num_tokens)
-            for terms, group in groups
-        ]
-        if len(groups) == 1 and samplers[0] is not None:
-            return samplers[0]
-
-        def sample(logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
-            logits, drafted_ids = logits.to(ids.device), drafted_ids.to(ids.device)
-            tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-            for (terms, group), sampler in zip(groups, samplers, strict=True):
-                if sampler is not None:
-                    tokens[group], law = sampler(logits[group], drafted_ids[group])
-                else:
-                    prefix = self._prefix_of(terms, group, drafted_ids)
-                    tokens[group], law = terms.rule.draft_token(logits[group], prefix)
-                self._laws.setdefault(id(terms), []).append(law)
-            return tokens, None
-
-        return sample
-
-    def _prefix_of(self, terms: Terms, group: list[int], drafted_ids: torch.Tensor) -> torch.Tensor | None:
-        """What a call's processors may read of its one row [1, n]; None where they need not, or it has several."""
-        if terms.rule.is_prefix_free or len(self._calls[id(terms)]) > 1:
-            return None
-        row = self.rows[group[0]]
-        return torch.cat([self.ids[row.place, : row.length], drafted_ids[group[0]]]).unsqueeze(0)
 
     def _verify_lengths(self, block: DraftBlock | None) -> tuple[torch.Tensor | None, list[int]]:
         """How many of each row's tokens the target is to confirm: [R] (None: all), and on the host."""
         if block is None or not self.schedule.needs_confidence:
             return None, [0 if block is None else block.token_ids.shape[1]] * len(self.rows)
-        limits = self.schedule.padded(block.confidence).to(self.ids.device)
+        limits = self.schedule.padded(block.confidence).to(self.columns.ids.device)
         if self.agreement.is_needed:
             limits = self.agreement.of_first(limits)
         # The width of the verification is a shape, which the host must know: one synchronisation a round.
@@ -397,10 +238,10 @@ class RowBatch:
             width = self._lengths[group[0]] if len(group) == 1 and limits is not None else draft_ids.shape[1]
             prefixes = None
             if not terms.rule.is_prefix_free:
-                self._widen(max(row.length for row in rows) + width)
+                self.columns.widen(max(row.length for row in rows) + width)
                 prefixes = self._prefixes([rows[i] for i in group])
-            own = None if block is None else rows_of(block, index, self.law_of(terms))
-            arguments = (self.ids[: len(group), :0], logits[index, : width + 1], draft_ids[index, :width], own)
+            own = None if block is None else rows_of(block, index, self.drafting.law_of(terms))
+            arguments = (self.columns.ids[: len(group), :0], logits[index, : width + 1], draft_ids[index, :width], own)
             own_limits = None if limits is None else limits[index]
             choice = choose_tokens(terms.rule, *arguments, limits=own_limits, prefixes=prefixes)
             if is_all and width == draft_ids.shape[1]:
@@ -410,10 +251,14 @@ class RowBatch:
         tokens, num_accepted = (torch.cat(parts)[order] for parts in zip(*choices, strict=True))
         return Choice(tokens, num_accepted, None)
 
+    def _own_prefixes(self) -> dict[int, Row]:
+        """The rows that are alone in a call whose processors read what comes before, by call."""
+        return {call: rows[0] for call, rows in self._calls.items() if len(rows) == 1}
+
     def _prefixes(self, rows: list[Row]) -> Prefixes:
         """The tokens of all rows of a call, in its order, for processors that count rows."""
         places = [row.place for row in sorted(self._calls[id(rows[0].terms)], key=lambda row: row.index)]
-        return Prefixes(self.ids[places], [row.index for row in rows], [row.length for row in rows])
+        return Prefixes(self.columns.ids[places], [row.index for row in rows], [row.length for row in rows])
 
     def _attention(self, slots: torch.Tensor) -> dict[str, Any]:
         """What tells the target's attention which slots are seen."""
@@ -424,21 +269,3 @@ class RowBatch:
             return {"attention_mask": no_mask, "kv_lengths": slots[:, -1] + 1}
         dtype = self.target.dtype if implementation == "eager" else None
         return {"attention_mask": slot_masks(slots, self.cache.stop, self.cache.windows, dtype=dtype)}
-
-    def _anchors(self, rows: list[Row]) -> torch.Tensor:
-        own = slice(rows[0].place, rows[0].place + len(rows))
-        return self.ids[own].gather(1, self.lengths[own, None] - 1).squeeze(1)
-
-    def _anchor_slots(self, rows: list[Row]) -> torch.Tensor:
-        own = slice(rows[0].place, rows[0].place + len(rows))
-        return self.lengths[own] - 1 - self.paddings[own]
-
-    def _positions(self, slots: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-        """Positions [R, T] of slots; what is in none, and drafted tokens behind the last that fits, are anywhere."""
-        own = slice(rows[0].place, rows[0].place + len(rows))
-        last = torch.tensor([row.num_slots + row.room - 1 for row in rows], device=slots.device).unsqueeze(-1)
-        return torch.where(slots == PADDING, 0, torch.minimum(slots, last)) + self.shifts[own, None]
-
-    def _widen(self, num_columns: int) -> None:
-        if num_columns >= self.ids.shape[1]:
-            self.ids = pad(self.ids, (0, num_columns - self.ids.shape[1] + 1 + GROWTH))

@@ -14,14 +14,13 @@ from .accept import choose_tokens
 from .batch import RowBatch
 from .compiled import CompiledRound
 from .features import FeatureTap
+from .limits import check_batch, refuse_batch
 from .rows import Emission, Row, rows_of
 from .schedule import Schedule
 from .slots import PADDING, move_out_of_slots, why_not_in_slots
 from .state import DecodeState, DraftBlock, RoundRecord, Verification
 from .terms import Terms, Verdicts
 from .verify import TOKEN_TYPES, extras_of_tokens
-
-_ATTENTIONS = ("eager", "sdpa", "dspark")
 
 
 class BatchCall:
@@ -66,7 +65,7 @@ class BatchCall:
         emit = batch.emit if in_step is None else in_step.emit
         nothing = self.input_ids[:, :0]
         emission = emit(batch.rows, logits, nothing, None, None)
-        batch.commit(batch.rows, emission)
+        batch.columns.append(batch.rows, emission)
         while True:
             if in_step is not None:
                 in_step.collect(emission, logits, outputs)
@@ -118,7 +117,7 @@ class BatchCall:
         if len(slots) == 1:  # of a single sequence it never reads the padding
             slots = slots[:, slots[0] < PADDING][:, -num_known:]
         if slots.shape[1] == num_known and len(context.cache.layers[0].keys) == len(slots):
-            batch.take_over(context, slots)
+            batch.drafting.take_over(context, slots)
 
     def _slots(self, model_kwargs: dict[str, Any], cache: Cache) -> torch.Tensor:
         """The slot [B, C] of each column of the prefilled cache."""
@@ -148,19 +147,19 @@ class BatchCall:
         return None
 
     def _check(self, model_kwargs: dict[str, Any]) -> None:
-        check_target(self.target, self.draft)
+        check_batch(self.target, self.draft)
         position_ids = model_kwargs.get("position_ids")
         if "attentions" in self.terms.extras:
-            _refuse("`output_attentions`")
+            refuse_batch("`output_attentions`")
         if position_ids is not None and position_ids.ndim > 2:
-            _refuse("positions of several axes")
+            refuse_batch("positions of several axes")
 
     def _sequences(self, batch: RowBatch) -> torch.Tensor:
         length = max(row.length for row in self.rows)
-        column = torch.arange(length, device=batch.ids.device)
+        column = torch.arange(length, device=batch.columns.ids.device)
         places = [row.place for row in self.rows]
-        lengths = torch.tensor([row.length for row in self.rows], device=batch.ids.device).unsqueeze(-1)
-        sequences = torch.where(column < lengths, batch.ids[places, :length], self.terms.pad_token_id)
+        lengths = torch.tensor([row.length for row in self.rows], device=batch.columns.ids.device).unsqueeze(-1)
+        sequences = torch.where(column < lengths, batch.columns.ids[places, :length], self.terms.pad_token_id)
         return sequences.to(self.input_ids.device)
 
     def _give_back(self, batch: RowBatch, cache: Cache, slots: torch.Tensor) -> None:
@@ -174,32 +173,9 @@ class BatchCall:
         columns = torch.cat([slots, torch.where(new < counts, new, PADDING)], dim=1)
         places = torch.tensor([row.place for row in self.rows], device=slots.device)
         move_out_of_slots(batch.cache, columns, cache, places)
-        context = batch.hand_back(columns)
+        context = batch.drafting.hand_back(batch.rows, columns)
         if context is not None:
             self.draft.contexts[cache] = context
-
-
-def check_target(target: PreTrainedModel, draft: PreTrainedModel) -> None:
-    """Raise ValueError where this target and draft decode only one sequence at a time."""
-    implementation = target.get_decoder().config._attn_implementation
-    layer_types = set(getattr(target.config.get_text_config(decoder=True), "layer_types", None) or ())
-    backbone = draft.config.backbone_type
-    limits = {
-        f"{type(target).__name__}, which keeps a state": getattr(target, "_is_stateful", False),
-        f'the draft\'s backbone "{backbone}"': backbone == "deepseek_v4",
-        f"layers of the type {layer_types}": not layer_types <= {"full_attention", "sliding_attention"},
-        f'`attn_implementation="{implementation}"` (load the target with "sdpa")': implementation not in _ATTENTIONS,
-    }
-    for limit, is_met in limits.items():
-        if is_met:
-            _refuse(limit)
-
-
-def _refuse(what: str) -> None:
-    raise ValueError(
-        f"Several sequences at once are not supported with {what}. Call generate() for each prompt, or leave out "
-        "`assistant_model`."
-    )
 
 
 class _InStep:
@@ -227,7 +203,7 @@ class _InStep:
             draft_ids = torch.where(live.unsqueeze(-1), draft_ids, pad_id)
         verdicts = Verdicts(terms, self.state) if terms.has_other_criteria else None
         stops = None if verdicts is None else lambda tokens, scores: verdicts.on_last(tokens, scores) & live
-        own = None if block is None else rows_of(block, slice(None), self.batch.law_of(terms))
+        own = None if block is None else rows_of(block, slice(None), self.batch.drafting.law_of(terms))
         settings = {"eos_ids": terms.eos_ids, "stops": stops, "limits": limits, "live": live}
         choice = choose_tokens(terms.rule, self.state.input_ids, logits, draft_ids, own, **settings)
         tokens, counts, num_accepted, at_eos = self.batch.read(choice, rows)

@@ -18,12 +18,13 @@ from transformers.utils import ModelOutput, logging
 from .accept import choose_tokens
 from .agreement import Agreement
 from .attention_interface import block_attention_on
-from .batch_call import BatchCall, check_target
+from .batch_call import BatchCall
 from .candidate_generator import DSparkCandidateGenerator, context_of, in_transformers_loop
 from .compat import CACHE
 from .compiled import CompiledRound
 from .dispatch import load_kernels, report
 from .features import FeatureTap
+from .limits import check_batch, check_prompt_length, check_request
 from .rollback import MAX_PENDING, Rewinder, recording_past, why_not_reversible
 from .schedule import ConfidenceThreshold, FixedLength, schedule_from
 from .state import Decision, DecodeState, DraftBlock, DraftContext, GenerationStats, RoundRecord, Verification
@@ -67,7 +68,7 @@ class SpeculativeDecoding:
         """
         if loop not in ("dspark", "transformers"):
             raise ValueError(f'`loop` must be "dspark" (the default) or "transformers", got {loop!r}.')
-        _check_request(target, input_ids, synced_gpus)
+        check_request(target, input_ids, synced_gpus)
         self.bind_target(target)
         if schedule is None:
             own = self.generation_config
@@ -90,7 +91,7 @@ class SpeculativeDecoding:
         of slots (eight between powers of two, and 256 at least), or it has another number of rows.
         """
         self.bind_target(target)
-        check_target(target, self)
+        check_batch(target, self)
         self.compiled_rounds[target] = CompiledRound(target, self, **options)
 
 
@@ -143,7 +144,7 @@ class _Call:
         """The prompt's features go to the draft; its next token is the target's alone."""
         features = candidates.tap.take(outputs)
         state.cache_length += features.shape[1]
-        _check_prompt_length(self.target, state.model_kwargs[CACHE], state.cache_length)
+        check_prompt_length(self.target, state.model_kwargs[CACHE], state.cache_length)
         candidates.observe_prompt(features, state.model_kwargs)
         verification = read_verification(outputs, 0, state.input_ids.device)
         decision = self._decide(state, verification, state.input_ids[:, :0], None)
@@ -357,33 +358,6 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-def _check_request(target: PreTrainedModel, input_ids: torch.Tensor, synced_gpus: bool) -> None:
-    if target.config.is_encoder_decoder:
-        raise ValueError(
-            f"A DSpark draft reads the hidden states of a decoder-only target, and {type(target).__name__} is an "
-            "encoder-decoder. Call generate() without `assistant_model`."
-        )
-    if getattr(target.config, "is_decoder", True) is False:  # only architectures that are both have this field
-        raise ValueError(
-            f"{type(target).__name__} attends in both directions (`config.is_decoder` is False): drafted tokens "
-            "would change what it says before them. Load it with `is_decoder=True`, or leave out `assistant_model`."
-        )
-    if synced_gpus:
-        raise ValueError(
-            "`synced_gpus=True` (FSDP or ZeRO-3 over several processes) is not supported with a DSpark draft: "
-            "processes would run different numbers of forwards. Call generate() without `assistant_model`."
-        )
-
-
-def _check_prompt_length(target: PreTrainedModel, cache: Cache, num_read: int) -> None:
-    """Refuse a target whose cache holds more positions than it read tokens (a prompt of its own in front of them)."""
-    if cache.get_seq_length() != num_read:
-        raise ValueError(
-            f"{type(target).__name__} has {cache.get_seq_length()} positions in its cache for {num_read} tokens: it "
-            "adds positions of its own, so blocks cannot be verified. Call generate() without `assistant_model`."
-        )
 
 
 def _ensure_cache(target: PreTrainedModel, model_kwargs: dict[str, Any]) -> Cache:

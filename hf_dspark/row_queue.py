@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from .attention_interface import block_attention_on
 from .batch import RowBatch
-from .batch_call import check_target
 from .compat import CACHE
 from .dispatch import load_kernels, report
 from .features import FeatureTap
 from .generate import Stopwatch
+from .limits import check_batch
 from .rows import Emission, Row
 from .schedule import schedule_from
 from .slots import GROWTH, why_not_in_slots
@@ -81,7 +81,7 @@ class RowQueue:
         tokenizer: PreTrainedTokenizerBase | None,
         max_rows: int,
     ):
-        check_target(target, draft)
+        check_batch(target, draft)
         draft.bind_target(target)
         load_kernels()
         self.target, self.tokenizer = target, tokenizer
@@ -124,7 +124,7 @@ class RowQueue:
             live, logits = self._prefill(request)
             nothing = torch.zeros(1, 0, dtype=torch.long, device=logits.device)
             emission = self.batch.emit([live.row], logits, nothing, None, None)
-            self.batch.commit([live.row], emission)
+            self.batch.columns.append([live.row], emission)
         except DEVICE_LOST:
             raise
         except Exception as error:  # whatever it is, it is of this request
@@ -183,7 +183,7 @@ class RowQueue:
             live.watch.stop("total")
             length = len(live.request.input_ids)
             # One synchronisation for each row that ends: its tokens go to the caller.
-            tokens = self.batch.ids[row.place, length : row.length].tolist()
+            tokens = self.batch.columns.ids[row.place, length : row.length].tolist()
             stats = GenerationStats.from_rounds(row.records, len(tokens), live.watch.seconds(), report())
             outcomes.append(Outcome(live.request, tokens, stats))
         self.batch.drop(ended)

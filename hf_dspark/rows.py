@@ -1,10 +1,12 @@
-"""The rows of a batch, and what a round adds to them."""
+"""The rows of a batch: their tokens, where these lie, and what a round adds to them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.functional import pad
 
+from .slots import GROWTH, PADDING
 from .state import Distribution, DraftBlock, RoundRecord
 from .terms import Terms
 
@@ -41,6 +43,73 @@ class Emission:
 
 
 Emit = Callable[[list[Row], torch.Tensor, torch.Tensor, DraftBlock | None, torch.Tensor | None], Emission]
+
+
+class Columns:
+    """The tokens of a batch's rows, by place, and how columns, slots and positions go together.
+
+    A row's columns are its prompt, with padding in front, and its new tokens. Tokens have slots from 0 on, padding has
+    none. Functions that take rows take those that lie side by side.
+    """
+
+    def __init__(self, num_rows: int, num_columns: int, device: torch.device):
+        self.ids = torch.zeros(num_rows, num_columns + 1, dtype=torch.long, device=device)  # the last column is junk
+        # Columns that are there; those without a slot; what a position is above its slot.
+        self.lengths, self.paddings, self.shifts = torch.zeros(3, num_rows, dtype=torch.long, device=device)
+
+    def put(self, first: int, input_ids: torch.Tensor, last_slots: torch.Tensor, positions: torch.Tensor) -> None:
+        """Prompts [k, n] in the places from `first` on, with slots [k] and positions [k] of their last columns."""
+        own = slice(first, first + len(input_ids))
+        self.widen(input_ids.shape[1])
+        self.ids[own, : input_ids.shape[1]] = input_ids
+        self.lengths[own] = input_ids.shape[1]
+        self.paddings[own] = input_ids.shape[1] - 1 - last_slots
+        self.shifts[own] = positions - last_slots
+
+    def append(self, rows: list[Row], emission: Emission) -> None:
+        """Commit the tokens that a round emitted."""
+        tokens, counts = emission.token_ids, torch.tensor(emission.counts, device=self.ids.device)
+        own = places_of(rows)
+        self.widen(max(row.length for row in rows) + tokens.shape[1])
+        offsets = torch.arange(tokens.shape[1], device=self.ids.device)
+        columns = self.lengths[own, None] + offsets
+        columns = torch.where(offsets < counts.unsqueeze(-1), columns, self.ids.shape[1] - 1)
+        self.ids[own] = self.ids[own].scatter(1, columns, tokens)
+        self.lengths[own] += counts
+        for row, count in zip(rows, emission.counts, strict=True):
+            row.length += count
+            row.num_slots += count
+            row.num_emitted += 0 if row.ended else count
+
+    def reorder(self, order: torch.Tensor) -> None:
+        """What was in place `order[i]` comes to place i."""
+        for buffer in (self.ids, self.lengths, self.paddings, self.shifts):
+            buffer[: len(order)] = buffer[: len(order)][order]
+
+    def anchors(self, rows: list[Row]) -> torch.Tensor:
+        """The last token [R] of each row."""
+        own = places_of(rows)
+        return self.ids[own].gather(1, self.lengths[own, None] - 1).squeeze(1)
+
+    def anchor_slots(self, rows: list[Row]) -> torch.Tensor:
+        """Their slots [R]."""
+        own = places_of(rows)
+        return self.lengths[own] - 1 - self.paddings[own]
+
+    def positions(self, slots: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+        """Positions [R, T] of slots; what is in none, and drafted tokens behind the last that fits, are anywhere."""
+        last = torch.tensor([row.num_slots + row.room - 1 for row in rows], device=slots.device).unsqueeze(-1)
+        return torch.where(slots == PADDING, 0, torch.minimum(slots, last)) + self.shifts[places_of(rows), None]
+
+    def widen(self, num_columns: int) -> None:
+        """Make place for columns up to `num_columns`."""
+        if num_columns >= self.ids.shape[1]:
+            self.ids = pad(self.ids, (0, num_columns - self.ids.shape[1] + 1 + GROWTH))
+
+
+def places_of(rows: list[Row]) -> slice:
+    """The places of rows that lie side by side."""
+    return slice(rows[0].place, rows[0].place + len(rows))
 
 
 def groups_of(rows: list[Row]) -> list[tuple[Terms, list[int]]]:

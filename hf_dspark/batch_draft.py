@@ -1,0 +1,202 @@
+"""The draft's side of a batch: its slot cache, features it has not read yet, and a block for every row.
+
+What `candidate_generator.py` is for one sequence.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+
+from .agreement import Agreement
+from .compiled import CompiledRound
+from .draft import draft_block, join_laws
+from .rows import Columns, Emission, Row, groups_of, places_of
+from .schedule import Schedule
+from .slots import PADDING, SlotCache, draft_slot_masks, move_into_slots, move_out_of_slots
+from .state import Distribution, DraftBlock, DraftContext
+from .terms import Terms
+
+
+class BatchDraft:
+    """Drafts for the rows of a RowBatch, whose columns it shares.
+
+    Args:
+        whole_blocks: also where all rows end sooner.
+    """
+
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        columns: Columns,
+        cache: SlotCache,
+        schedule: Schedule,
+        agreement: Agreement,
+        *,
+        whole_blocks: bool,
+        compiled: CompiledRound | None,
+    ):
+        self.draft, self.columns, self.cache = draft, columns, cache
+        self.schedule, self.agreement = schedule, agreement
+        self.whole_blocks, self.compiled = whole_blocks, compiled
+        self.starts = torch.zeros_like(columns.lengths)  # the slot where a row's context begins
+        # Features [R, w, m*H] that the draft has not read, and their slots [R, w].
+        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.fresh: list[tuple[Row, torch.Tensor, torch.Tensor]] = []  # the same of rows that came in behind others
+        self._laws: dict[int, list[Distribution | None]] = {}  # of the last block's tokens, by call
+
+    def admit(self, rows: list[Row], features: torch.Tensor, slots: torch.Tensor) -> None:
+        """Take in the prompts' features [k, n, m*H] of new rows, and their slots [k, n]."""
+        self.starts[places_of(rows)] = slots.min(-1).values
+        if rows[0].place == 0:
+            self.pending, self.fresh = [(features, slots)], []
+            return
+        num_new = (0, len(rows))
+        self.pending = [
+            (pad(part, (0, 0, 0, 0, *num_new)), pad(places, (0, 0, *num_new), value=PADDING))
+            for part, places in self.pending
+        ]
+        # By themselves, or the features of all other rows would be padded to this prompt's length.
+        self.fresh += zip(rows, features.split(1), slots.split(1), strict=True)
+
+    def take_over(self, context: DraftContext, slots: torch.Tensor) -> None:
+        """Go on with what the draft read in an earlier call: tokens in `slots` [R, n] of the rows just admitted."""
+        num_read = context.cache.get_seq_length()
+        move_into_slots(context.cache, slots[:, :num_read], self.cache, self.cache.num_slots)
+        if context.features:
+            self.pending.insert(0, (torch.cat(context.features, dim=1), slots[:, num_read:]))
+        self.starts[: len(slots)] = slots.min(-1).values
+
+    def hand_back(self, rows: list[Row], slots: torch.Tensor) -> DraftContext | None:
+        """What the draft read, for a later call, of all `rows` with `slots` [R, C]; None where rows were dropped."""
+        if any(len(features) < len(rows) for features, _ in self.pending):
+            return None
+        self._draft(*self._take_pending(), rows, num_tokens=1)
+        context = DraftContext(DynamicCache(), target_length=slots.shape[1])
+        places = torch.arange(len(rows), device=slots.device)
+        move_out_of_slots(self.cache, slots, context.cache, places)
+        context.last_position = slots[:, -1:] + self.columns.shifts[: len(rows), None]
+        return context
+
+    def reorder(self, order: torch.Tensor, num_rows: int, gone: list[Row]) -> None:
+        """What was in place `order[i]` is in place i now, and only the first `num_rows` go on."""
+        self.starts[: len(order)] = self.starts[: len(order)][order]
+        kept = order[:num_rows]
+        self.pending = [(features[kept.to(features.device)], slots[kept]) for features, slots in self.pending]
+        self.fresh = [part for part in self.fresh if part[0] not in gone]
+
+    def hand_over(self, rows: list[Row], features: torch.Tensor, emission: Emission) -> None:
+        """Keep the features [R, L+1, m*H] of tokens that stay for the draft; call before these are committed."""
+        columns = torch.arange(features.shape[1], device=self.columns.ids.device)
+        counts = torch.tensor(emission.counts, device=self.columns.ids.device).unsqueeze(-1)
+        slots = self.columns.anchor_slots(rows).unsqueeze(-1) + columns
+        self.pending.append((features, torch.where(columns < counts, slots, PADDING)))
+
+    def propose(self, rows: list[Row], own_prefixes: dict[int, Row]) -> DraftBlock | None:
+        """Draft a block for every row; None where there is nothing to draft.
+
+        `own_prefixes`: the rows that are alone in their call, whose processors read what comes before, by call.
+        """
+        config, schedule = self.draft.config, self.schedule
+        limit = config.block_size if schedule.num_tokens is None else schedule.num_tokens
+        num_tokens = min(config.block_size, limit)
+        if not self.whole_blocks:
+            num_tokens = min(num_tokens, max(row.room for row in rows) - 1)
+        if num_tokens < 1 or not schedule.should_draft():
+            return None
+        for row, *context in self.fresh:
+            self._draft(*context, [row], num_tokens=1)
+        self.fresh = []
+        features, slots = self._take_pending()
+        if self.compiled is not None:
+            features, slots = self._of_one_width(rows, features, slots, num_tokens + 1)
+        self._laws = {}
+        block = self._draft(
+            features, slots, rows, num_tokens=num_tokens, sampler=self._sampler(rows, num_tokens, own_prefixes)
+        )
+        token_ids = block.token_ids
+        if self.agreement.is_needed:
+            token_ids = self.agreement.of_first(token_ids)
+        return replace(block, token_ids=token_ids)
+
+    def law_of(self, terms: Terms) -> Distribution | None:
+        """The law of the last block's tokens in the rows of a call."""
+        return join_laws(self._laws.get(id(terms), [None]))
+
+    def _take_pending(self) -> tuple[torch.Tensor, torch.Tensor]:
+        features = torch.cat([part for part, _ in self.pending], dim=1)
+        slots = torch.cat([part for _, part in self.pending], dim=1)
+        self.pending = []
+        return features, slots
+
+    def _draft(self, features, slots, rows: list[Row], *, num_tokens: int, sampler=None) -> DraftBlock:
+        """A block for `rows`, which lie side by side; their new context `features` [R, w, m*H] goes to `slots`."""
+        config, cache = self.draft.config, self.cache
+        device = self.draft.device
+        anchor_slots = self.columns.anchor_slots(rows)
+        inputs = anchor_slots.unsqueeze(-1) + torch.arange(config.num_block_inputs, device=self.columns.ids.device)
+        all_slots = torch.cat([slots, inputs], dim=1)
+        stop = max(row.num_slots for row in rows) - 1 + config.num_block_inputs
+        cache.place(all_slots, stop, first_row=rows[0].place)
+        is_compiled = self.compiled is not None and sampler is not None
+        settings = {"causal": config.causal, "window": config.sliding_window}
+        masks = draft_slot_masks(
+            anchor_slots,
+            self.starts[places_of(rows)],
+            config.num_block_inputs,
+            cache.stop,
+            config.layer_types,
+            **settings,
+        )
+        return draft_block(
+            self.draft,
+            features.to(device),
+            self.columns.anchors(rows).to(device),
+            cache,
+            position_ids=self.columns.positions(all_slots, rows).to(device),
+            num_tokens=num_tokens,
+            sampler=sampler,
+            attention_mask={name: mask.to(device) for name, mask in masks.items()},
+            forward=self.compiled.draft_forward if is_compiled else None,
+        )
+
+    def _of_one_width(self, rows: list[Row], features, slots, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pending context of `width` positions; more than these, a prompt's, are read at once."""
+        if features.shape[1] > width or not self.cache.is_initialized:
+            self._draft(features, slots, rows, num_tokens=1)
+            features, slots = features[:, :0], slots[:, :0]
+        missing = width - features.shape[1]
+        return pad(features, (0, 0, 0, missing)), pad(slots, (0, missing), value=PADDING)
+
+    def _sampler(self, rows: list[Row], num_tokens: int, own_prefixes: dict[int, Row]):
+        """The rules of the rows' calls: one sampler for the whole block where they are one and allow it."""
+        groups = groups_of(rows)
+        ids = self.columns.ids[: len(rows)]
+        # Each draws its random numbers for the whole block, so that a row by itself draws what it would alone.
+        samplers = [
+            None if terms.rule.temperature is None else terms.rule.temperature_sampler(ids[: len(group)], num_tokens)
+            for terms, group in groups
+        ]
+        if len(groups) == 1 and samplers[0] is not None:
+            return samplers[0]
+
+        def sample(logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+            logits, drafted_ids = logits.to(ids.device), drafted_ids.to(ids.device)
+            tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+            for (terms, group), sampler in zip(groups, samplers, strict=True):
+                if sampler is not None:
+                    tokens[group], law = sampler(logits[group], drafted_ids[group])
+                else:
+                    prefix = self._prefix_of(own_prefixes.get(id(terms)), drafted_ids)
+                    tokens[group], law = terms.rule.draft_token(logits[group], prefix)
+                self._laws.setdefault(id(terms), []).append(law)
+            return tokens, None
+
+        return sample
+
+    def _prefix_of(self, row: Row | None, drafted_ids: torch.Tensor) -> torch.Tensor | None:
+        """The tokens [1, n] of a row, with those drafted so far."""
+        if row is None:
+            return None
+        return torch.cat([self.columns.ids[row.place, : row.length], drafted_ids[row.place]]).unsqueeze(0)
