@@ -41,6 +41,8 @@ def choose_tokens(
             accepted = accepts(i, scores[:, i])
             if eos_ids is not None:
                 accepted = accepted & ~torch.isin(draft_ids[:, i], eos_ids)
+            if limits is not None:
+                accepted = accepted & (i < limits)
             if live is not None:
                 accepted = accepted | ~live
             # Synchronisations a token, where a processor keeps a state: it decides what is called, one by one.

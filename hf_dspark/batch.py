@@ -106,6 +106,8 @@ class RowBatch:
 
     def drop(self, finished: list[Row]) -> None:
         """Move ended rows behind the others; they stay as they are until another row takes their place."""
+        if not finished:
+            return
         order = list(range(len(self.rows)))
         for row in sorted(finished, key=lambda row: -row.place):
             place, moved = row.place, self.rows.pop()
@@ -168,7 +170,9 @@ class RowBatch:
         self.cache.place(slots, max(row.num_slots for row in self.rows) + draft_ids.shape[1])
         tokens = torch.cat([self.columns.anchors(self.rows).unsqueeze(-1), draft_ids], dim=1)
         arguments = {"input_ids": tokens, CACHE: self.cache, "use_cache": True}
-        arguments["position_ids"] = self.columns.positions(slots, self.rows)
+        # Drafted tokens behind the last that a row has room for are read where a position is sure to exist.
+        last = torch.tensor([row.num_slots + row.room - 2 for row in self.rows], device=slots.device).unsqueeze(-1)
+        arguments["position_ids"] = self.columns.positions(slots.minimum(last), self.rows)
         arguments |= self._attention(slots) | self.tap.forward_kwargs
         arguments |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
         with self.target._optimize_model_for_decode():

@@ -14,7 +14,7 @@ from .accept import choose_tokens
 from .batch import RowBatch
 from .compiled import CompiledRound
 from .features import FeatureTap
-from .limits import check_batch, refuse_batch
+from .limits import check_batch, check_padding, check_prompt_length, refuse_batch
 from .rows import Emission, Row, rows_of
 from .schedule import Schedule
 from .slots import PADDING, move_out_of_slots, why_not_in_slots
@@ -53,13 +53,16 @@ class BatchCall:
     ) -> torch.Tensor:
         """Token ids [B, m] as plain generate() returns them; `cache` holds what its own would where it is returned."""
         self._check(model_kwargs)
+        length = cache.get_seq_length()
         with self.watch.part("prefill"):
             arguments = model_kwargs | tap.forward_kwargs
             outputs = self.target._prefill(
                 self.input_ids, self.config, arguments, is_first_iteration=not self.config.is_assistant
             )
+        features = tap.take(outputs)
+        check_prompt_length(self.target, cache, length + features.shape[1])
         slots = self._slots(model_kwargs, cache)
-        batch = self._admit(model_kwargs, cache, slots, tap, outputs)
+        batch = self._admit(model_kwargs, cache, slots, tap, features)
         logits = outputs.logits[:, -1:].to(self.input_ids.device, torch.float32, copy=True)
         in_step = self._in_step(batch, streamer)
         emit = batch.emit if in_step is None else in_step.emit
@@ -91,7 +94,7 @@ class BatchCall:
             batch.drop(ended)
         return all(row.ended for row in batch.rows)
 
-    def _admit(self, model_kwargs, cache: Cache, slots: torch.Tensor, tap: FeatureTap, outputs: Any) -> RowBatch:
+    def _admit(self, model_kwargs, cache: Cache, slots: torch.Tensor, tap: FeatureTap, features) -> RowBatch:
         counts = (slots[:, -1] + 1).tolist()
         length = self.input_ids.shape[1]
         self.rows = [Row(i, self.terms, self.terms.max_length, length, n) for i, n in enumerate(counts)]
@@ -103,7 +106,6 @@ class BatchCall:
         position_ids = model_kwargs.get("position_ids")
         positions = slots[:, -1] if position_ids is None else position_ids[:, -1].to(slots.device)
         types = tuple(name for name in TOKEN_TYPES if model_kwargs.get(name) is not None)
-        features = tap.take(outputs)
         batch.admit(list(self.rows), self.input_ids, cache, slots, positions, features, types)
         self._take_over_context(batch, cache, slots[:, : -features.shape[1]])
         return batch
@@ -128,16 +130,10 @@ class BatchCall:
                 "for each prompt, or leave out `assistant_model`."
             )
         mask, length = model_kwargs.get("attention_mask"), cache.get_seq_length()
-        shape = (len(self.input_ids), length)
         if mask is None:
-            return torch.arange(length, device=self.input_ids.device).expand(shape)
+            return torch.arange(length, device=self.input_ids.device).expand(len(self.input_ids), length)
         mask = mask[:, :length].to(self.input_ids.device).bool()
         # Rows of the same tokens are laid out alike, however much padding stands in front of them.
-        if not (mask[:, 1:] >= mask[:, :-1]).all() or not mask[:, -1].all():
-            raise ValueError(
-                "Several sequences at once need their padding in front: `attention_mask` has a 0 behind a 1. Set "
-                '`padding_side="left"` in the tokenizer.'
-            )
         return torch.where(mask, mask.long().cumsum(-1) - 1, PADDING)
 
     def _in_step(self, batch: RowBatch, streamer) -> "_InStep | None":
@@ -153,6 +149,11 @@ class BatchCall:
             refuse_batch("`output_attentions`")
         if position_ids is not None and position_ids.ndim > 2:
             refuse_batch("positions of several axes")
+        mask = model_kwargs.get("attention_mask")
+        if getattr(mask, "ndim", 2) != 2:
+            refuse_batch("an attention mask of several axes")
+        if mask is not None:
+            check_padding(mask.bool(), self.target.config.get_text_config(decoder=True))
 
     def _sequences(self, batch: RowBatch) -> torch.Tensor:
         length = max(row.length for row in self.rows)
@@ -204,7 +205,7 @@ class _InStep:
         verdicts = Verdicts(terms, self.state) if terms.has_other_criteria else None
         stops = None if verdicts is None else lambda tokens, scores: verdicts.on_last(tokens, scores) & live
         own = None if block is None else rows_of(block, slice(None), self.batch.drafting.law_of(terms))
-        settings = {"eos_ids": terms.eos_ids, "stops": stops, "limits": limits, "live": live}
+        settings = {"eos_ids": terms.eos_ids, "stops": stops, "limits": limits, "live": live if pads else None}
         choice = choose_tokens(terms.rule, self.state.input_ids, logits, draft_ids, own, **settings)
         tokens, counts, num_accepted, at_eos = self.batch.read(choice, rows)
         if pads:

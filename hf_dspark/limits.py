@@ -1,9 +1,14 @@
 """What is refused by name, before anything is decoded."""
 
+import inspect
+
 import torch
 from transformers import Cache, PreTrainedModel
 
-_BATCH_ATTENTIONS = ("eager", "sdpa", "dspark")
+from .slots import has_windows
+
+_BATCH_ATTENTIONS = {"eager", "sdpa", "dspark"}
+_BATCH_LAYER_TYPES = {"full_attention", "sliding_attention", "global"}
 
 
 def check_request(target: PreTrainedModel, input_ids: torch.Tensor, synced_gpus: bool) -> None:
@@ -34,20 +39,34 @@ def check_prompt_length(target: PreTrainedModel, cache: Cache, num_read: int) ->
 
 
 def check_batch(target: PreTrainedModel, draft: PreTrainedModel) -> None:
-    """Raise ValueError where this target and draft decode only one sequence at a time."""
-    implementation = target.get_decoder().config._attn_implementation
-    layer_types = set(getattr(target.config.get_text_config(decoder=True), "layer_types", None) or ())
-    backbone = draft.config.backbone_type
+    """Refuse a target or draft that decodes only one sequence at a time."""
+    config = target.config.get_text_config(decoder=True)
+    implementation, backbone = target.get_decoder().config._attn_implementation, draft.config.backbone_type
+    # GPT-Neo has its own name for them; its local layers count columns, wherever a row's tokens lie.
+    layer_types = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ())
+    takes_positions = "position_ids" in inspect.signature(target.forward).parameters
     limits = {
         f"{type(target).__name__}, which keeps a state": getattr(target, "_is_stateful", False),
+        "a target without positions (ALiBi)": not takes_positions or getattr(config, "alibi", False),
         f'the draft\'s backbone "{backbone}"': backbone == "deepseek_v4",
-        f"layers of the type {layer_types}": not layer_types <= {"full_attention", "sliding_attention"},
-        f'`attn_implementation="{implementation}"` (load the target with "sdpa")': implementation
-        not in _BATCH_ATTENTIONS,
+        f"layers of the types {sorted(layer_types)}": not layer_types <= _BATCH_LAYER_TYPES,
+        f'`attn_implementation="{implementation}"` (load it with "sdpa")': implementation not in _BATCH_ATTENTIONS,
     }
     for limit, is_met in limits.items():
         if is_met:
             refuse_batch(limit)
+
+
+def check_padding(mask: torch.Tensor, config) -> None:
+    """Refuse padding behind the prompt, and before sliding windows padding between tokens; `mask` is [B, n]."""
+    is_in_front = bool((mask[:, 1:] >= mask[:, :-1]).all())
+    if bool(mask[:, -1].all()) and (is_in_front or not has_windows(config)):
+        return
+    between = "" if is_in_front else " and none between tokens, where the target has sliding windows"
+    raise ValueError(
+        f"Several sequences at once need their padding in front{between}: `attention_mask` has a 0 behind a 1. "
+        'Set `padding_side="left"` in the tokenizer.'
+    )
 
 
 def refuse_batch(what: str) -> None:

@@ -97,9 +97,8 @@ class Columns:
         return self.lengths[own] - 1 - self.paddings[own]
 
     def positions(self, slots: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-        """Positions [R, T] of slots; what is in none, and drafted tokens behind the last that fits, are anywhere."""
-        last = torch.tensor([row.num_slots + row.room - 1 for row in rows], device=slots.device).unsqueeze(-1)
-        return torch.where(slots == PADDING, 0, torch.minimum(slots, last)) + self.shifts[places_of(rows), None]
+        """Positions [R, T] of slots; what is in none is anywhere."""
+        return torch.where(slots == PADDING, 0, slots) + self.shifts[places_of(rows), None]
 
     def widen(self, num_columns: int) -> None:
         """Make place for columns up to `num_columns`."""

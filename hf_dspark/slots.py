@@ -117,6 +117,11 @@ def why_not_in_slots(cache: Cache) -> str | None:
     return None
 
 
+def has_windows(config) -> bool:
+    """Whether a target of this config forgets what lies behind a sliding window."""
+    return any(getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers)
+
+
 def windows_of(cache: Cache, config) -> list[int | None]:
     """The sliding window of each layer of a dynamic cache, which a user may have made without the model's config."""
     layers = DynamicCache(config=config).layers

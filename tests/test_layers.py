@@ -24,19 +24,8 @@ ROWS = [
     ["batch_draft"],
     ["compiled"],
     ["draft", "attention_interface", "rows"],
-    [
-        "features",
-        "schedule",
-        "verify",
-        "accept",
-        "rollback",
-        "slots",
-        "heads",
-        "checkpoint",
-        "agreement",
-        "terms",
-        "limits",
-    ],
+    ["limits"],
+    ["features", "schedule", "verify", "accept", "rollback", "slots", "heads", "checkpoint", "agreement", "terms"],
     ["configuration_dspark", "sampling", "attention", "dialects_export"],
     ["dialects", "dialects_deepseek_v4", "dequantize", "state", "compat", "dispatch"],
 ]
@@ -53,6 +42,7 @@ MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub"}
 OUTSIDE_THE_ROUND = {"state", "comparison", "cli", "calibrate", "doctor", "predictor", "serving"}
 READERS = {
     "generate",
+    "limits",
     "row_queue",
     "batch",
     "batch_call",
