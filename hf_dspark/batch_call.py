@@ -150,8 +150,6 @@ class BatchCall:
         if position_ids is not None and position_ids.ndim > 2:
             refuse_batch("positions of several axes")
         mask = model_kwargs.get("attention_mask")
-        if getattr(mask, "ndim", 2) != 2:
-            refuse_batch("an attention mask of several axes")
         if mask is not None:
             check_padding(mask.bool(), self.target.config.get_text_config(decoder=True))
 

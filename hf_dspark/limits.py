@@ -62,7 +62,7 @@ def check_padding(mask: torch.Tensor, config) -> None:
     is_in_front = bool((mask[:, 1:] >= mask[:, :-1]).all())
     if bool(mask[:, -1].all()) and (is_in_front or not has_windows(config)):
         return
-    between = "" if is_in_front else " and none between tokens, where the target has sliding windows"
+    between = ", and none between tokens where the target has sliding windows" if has_windows(config) else ""
     raise ValueError(
         f"Several sequences at once need their padding in front{between}: `attention_mask` has a 0 behind a 1. "
         'Set `padding_side="left"` in the tokenizer.'

@@ -1,8 +1,10 @@
 """Tiny random targets and drafts from configs, and drafts of a known quality. No network, fp32, one thread."""
 
 import random
+from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_dspark import DSparkConfig, DSparkDraftModel
@@ -181,6 +183,54 @@ class ScriptedDraft(DSparkDraftModel):
         return logits
 
 
+class ScriptedRows(DSparkDraftModel):
+    """A draft that knows what the target will say in several rows, and finds a row by the anchor at its position."""
+
+    scripts: Sequence[tuple[list[int], list[int]]] = ()  # what a row says from its prompt on, and what is proposed
+
+    def follow_rows(
+        self, sequences: Sequence[list[int]], error_rates: float | Sequence[float], seed: int = 0
+    ) -> "ScriptedRows":
+        """Propose `sequences` (prompts without padding, and continuations), each with its share of errors."""
+        rng, vocab_size = random.Random(seed), self.config.vocab_size
+        rates = [error_rates] * len(sequences) if isinstance(error_rates, float) else error_rates
+        self.scripts = []
+        for sequence, rate in zip(sequences, rates, strict=True):
+            wrong = [rng.randrange(1, vocab_size) if rng.random() < rate else 0 for _ in sequence]
+            proposed = [(token + shift) % vocab_size for token, shift in zip(sequence, wrong, strict=True)]
+            self.scripts.append((sequence, proposed))
+        return self
+
+    def proposal(self, position: int, anchor: int) -> list[int]:
+        """Tokens proposed behind `anchor` at `position`; where rows agree there, the first one's."""
+        for sequence, proposed in self.scripts:
+            if sequence[position : position + 1] == [anchor]:
+                return proposed[position + 1 :][: self.config.block_size]
+        return []
+
+    def scripted_rounds(self, sequence: list[int], prompt_length: int) -> list[int]:
+        """Tokens each round must emit in a row that ends with `sequence`."""
+        rounds, committed = [], prompt_length + 1  # the prefill emits one
+        while committed < len(sequence):
+            proposed = self.proposal(committed - 1, sequence[committed - 1])
+            pairs = zip(proposed, sequence[committed:], strict=False)
+            accepted = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(proposed))
+            rounds.append(min(accepted + 1, len(sequence) - committed))
+            committed += rounds[-1]
+        return rounds
+
+    def forward(self, features, block_ids, position_ids, *args, **kwargs):
+        self._anchors = list(zip(position_ids[:, -block_ids.shape[1]].tolist(), block_ids[:, 0].tolist(), strict=True))
+        return super().forward(features, block_ids, position_ids, *args, **kwargs)
+
+    def compute_logits(self, hidden_states):
+        logits = super().compute_logits(hidden_states)
+        for row, anchor in enumerate(self._anchors):
+            for k, token in enumerate(self.proposal(*anchor)[: logits.shape[1]]):
+                logits[row, k, token] += ScriptedDraft.PUSH
+        return logits
+
+
 def make_draft_of_quality(
     target: PreTrainedModel, sequence: list[int], quality: str, *, seed: int = 0, **kwargs
 ) -> DSparkDraftModel:
@@ -208,6 +258,14 @@ def random_prompt(vocab_size: int, length: int, seed: int = 0) -> torch.Tensor:
     """Token ids [1, length] without 0, which tests use for padding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, vocab_size - 1, (1, length), generator=generator)
+
+
+def left_padded(prompts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Prompts [n] as generate() takes them together, with zeros in front of the shorter ones."""
+    length = max(map(len, prompts))
+    ids = torch.stack([pad(prompt, (length - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([pad(torch.ones_like(prompt), (length - len(prompt), 0)) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def plain(target: PreTrainedModel, input_ids: torch.Tensor, **kwargs):
