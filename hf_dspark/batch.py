@@ -17,7 +17,7 @@ from .batch_draft import BatchDraft
 from .compat import CACHE
 from .compiled import CompiledRound
 from .features import FeatureTap
-from .rows import Columns, Emission, Emit, Row, groups_of, rows_of
+from .rows import Columns, Emission, Emit, Row, groups_of, pad_ended, rows_of
 from .sampling import Prefixes
 from .schedule import Schedule
 from .slots import SlotCache, move_into_slots, slot_masks, windows_of
@@ -147,6 +147,7 @@ class RowBatch:
             if block is None
             else block.token_ids[:, :width].to(self.columns.ids.device)
         )
+        draft_ids = pad_ended(self.rows, draft_ids)
         with watch.part("verify"):
             logits, outputs = self.verify(draft_ids)
         emission = (emit or self.emit)(self.rows, logits, draft_ids, block, limits)
@@ -175,6 +176,8 @@ class RowBatch:
         arguments["position_ids"] = self.columns.positions(slots.minimum(last), self.rows)
         arguments |= self._attention(slots) | self.tap.forward_kwargs
         arguments |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
+        if "hidden_states" in self.rows[0].terms.extras:  # which only a call by itself collects
+            arguments["output_hidden_states"] = True
         with self.target._optimize_model_for_decode():
             outputs = self.forward(**arguments, return_dict=True)
         return outputs.logits.to(self.columns.ids.device, torch.float32), outputs

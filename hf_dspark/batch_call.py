@@ -15,7 +15,7 @@ from .batch import RowBatch
 from .compiled import CompiledRound
 from .features import FeatureTap
 from .limits import check_batch, check_padding, check_prompt_length, refuse_batch
-from .rows import Emission, Row, rows_of
+from .rows import Emission, Row, pad_ended, rows_of
 from .schedule import Schedule
 from .slots import PADDING, move_out_of_slots, why_not_in_slots
 from .state import DecodeState, DraftBlock, RoundRecord, Verification
@@ -194,20 +194,17 @@ class _InStep:
 
     def emit(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Emission:
         """As `RowBatch.emit`, with the same count for all rows."""
-        terms, pad_id = self.terms, self.terms.pad_token_id
+        terms = self.terms
         ended = [row.ended for row in rows]
         live = ~torch.tensor(ended, device=draft_ids.device)
         pads = terms.eos_ids is not None
-        if pads:
-            draft_ids = torch.where(live.unsqueeze(-1), draft_ids, pad_id)
         verdicts = Verdicts(terms, self.state) if terms.has_other_criteria else None
         stops = None if verdicts is None else lambda tokens, scores: verdicts.on_last(tokens, scores) & live
         own = None if block is None else rows_of(block, slice(None), self.batch.drafting.law_of(terms))
         settings = {"eos_ids": terms.eos_ids, "stops": stops, "limits": limits, "live": live if pads else None}
         choice = choose_tokens(terms.rule, self.state.input_ids, logits, draft_ids, own, **settings)
         tokens, counts, num_accepted, at_eos = self.batch.read(choice, rows)
-        if pads:
-            tokens = torch.where(live.unsqueeze(-1), tokens, pad_id)
+        tokens = pad_ended(rows, tokens)
         going_on = [n for n, has_ended in zip(counts, ended, strict=True) if not (has_ended and pads)]
         count, stopped = min(*going_on, rows[0].room), [False] * len(rows)
         if verdicts is not None:

@@ -111,6 +111,15 @@ def places_of(rows: list[Row]) -> slice:
     return slice(rows[0].place, rows[0].place + len(rows))
 
 
+def pad_ended(rows: list[Row], token_ids: torch.Tensor) -> torch.Tensor:
+    """`token_ids` [R, L] with padding in rows that ended, which plain generate() puts where there are stop tokens."""
+    fills = [row.terms.pad_token_id if row.ended and row.terms.eos_ids is not None else -1 for row in rows]
+    if max(fills) < 0:
+        return token_ids
+    fills = torch.tensor(fills, device=token_ids.device).unsqueeze(-1)
+    return torch.where(fills < 0, token_ids, fills)
+
+
 def groups_of(rows: list[Row]) -> list[tuple[Terms, list[int]]]:
     """The rows of each call, by their index in `rows`."""
     groups: dict[int, tuple[Terms, list[int]]] = {}
