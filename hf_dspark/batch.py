@@ -4,6 +4,7 @@ The steps and their order are those of `generate.py`. Rows come in (`admit`) and
 row costs nothing; one that verified fewer tokens, or had fewer accepted, does not hold the others up.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -164,8 +165,11 @@ class RowBatch:
         self.schedule.observe(sum(emission.counts), verified, num_requests=len(self.rows), seconds=seconds)
         return emission, logits, outputs
 
-    def verify(self, draft_ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Logits [R, L+1, V] of the target, in fp32, after the anchors and each of `draft_ids` [R, L]; its outputs."""
+    def verify(self, draft_ids: torch.Tensor, forward: Callable[..., Any] | None = None) -> tuple[torch.Tensor, Any]:
+        """Logits [R, L+1, V] of the target, in fp32, after the anchors and each of `draft_ids` [R, L]; its outputs.
+
+        `forward` is called in place of the rounds' own.
+        """
         columns = torch.arange(draft_ids.shape[1] + 1, device=self.columns.ids.device)
         slots = self.columns.anchor_slots(self.rows).unsqueeze(-1) + columns
         self.cache.place(slots, max(row.num_slots for row in self.rows) + draft_ids.shape[1])
@@ -179,7 +183,7 @@ class RowBatch:
         if "hidden_states" in self.rows[0].terms.extras:  # which only a call by itself collects
             arguments["output_hidden_states"] = True
         with self.target._optimize_model_for_decode():
-            outputs = self.forward(**arguments, return_dict=True)
+            outputs = (forward or self.forward)(**arguments, return_dict=True)
         return outputs.logits.to(self.columns.ids.device, torch.float32), outputs
 
     def emit(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Emission:

@@ -164,7 +164,8 @@ class BatchCall:
     def _give_back(self, batch: RowBatch, cache: Cache, slots: torch.Tensor) -> None:
         """Fill the call's cache with all columns but the last; padding behind ended rows holds zeros."""
         batch.take_back(self.rows)
-        batch.verify(self.input_ids[:, :0])  # the last token of each row, which no forward has read yet
+        # The last token of each row, which no forward has read yet; a shape that compiled rounds do not have.
+        batch.verify(self.input_ids[:, :0], self.target)
         batch.tap.discard()
         length = max(row.length for row in self.rows) - 1
         new = torch.arange(length - slots.shape[1], device=slots.device) + slots[:, -1:] + 1

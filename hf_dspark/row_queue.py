@@ -18,7 +18,7 @@ from .compat import CACHE
 from .dispatch import load_kernels, report
 from .features import FeatureTap
 from .generate import Stopwatch
-from .limits import check_batch
+from .limits import check_batch, check_prompt_length
 from .rows import Emission, Row
 from .schedule import schedule_from
 from .slots import GROWTH, why_not_in_slots
@@ -148,8 +148,10 @@ class RowQueue:
             if reason is not None:
                 raise ValueError(f"{type(target).__name__} decodes one sequence at a time with a draft: {reason}.")
             row = Row(request.index, terms, length + request.max_new_tokens, length, length)
+            features = self.tap.take(outputs)
+            check_prompt_length(target, cache, features.shape[1])
             slots = torch.arange(length, device=input_ids.device).unsqueeze(0)
-            self.batch.admit([row], input_ids, cache, slots, slots[:, -1], self.tap.take(outputs))
+            self.batch.admit([row], input_ids, cache, slots, slots[:, -1], features)
             prepared.append((_Live(request, row, watch), outputs.logits[:, -1:].to(input_ids.device, torch.float32)))
             return input_ids
 
