@@ -1,0 +1,191 @@
+"""What a call over several rows leaves behind: the cache plain generate() leaves, a context, an untouched target."""
+
+import pytest
+import torch
+from interrupts import Interrupt, RaisingCriterion, RaisingStreamer
+from tiny import ScriptedRows, make_tiny_draft, random_prompt
+from tiny_batch import AHEAD, LENGTHS, MANY, NEW_TOKENS, make_rows, new_tokens_of
+from transformers import DynamicCache
+
+from hf_dspark.compat import CACHE
+
+
+def _stop_tokens(rows) -> dict[str, list[int]]:
+    return {"eos_token_id": [rows.new_token(0, 0), rows.new_token(1, 5), rows.new_token(2, 17)]}
+
+
+def _mask_of(rows, sequences, eos) -> torch.Tensor:
+    """Which columns hold tokens of a row: neither padding in front nor any behind its end."""
+    start = max(rows.lengths)
+    mask = torch.zeros_like(sequences)
+    mask[:, :start] = rows.prompts["attention_mask"]
+    for row, new in enumerate(new_tokens_of(sequences, eos, start)):
+        mask[row, start : start + len(new)] = 1
+    return mask
+
+
+def _assert_same(got, wanted, mask):
+    """Both caches hold the same where `mask` [B, C] has a token."""
+    for ours, theirs in zip(got.layers, wanted.layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        for name in ("keys", "values"):
+            one, other = getattr(ours, name), getattr(theirs, name)
+            assert one.shape == other.shape
+            is_token = mask[:, None, -one.shape[2] :, None].bool()
+            torch.testing.assert_close(one * is_token, other * is_token, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("eos", [False, True], ids=["to the limit", "stop tokens"])
+@pytest.mark.parametrize("quality", ["noisy", "perfect"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "mistral", "gpt_oss", "deepseek_v3", "gemma4_text"])
+def test_returned_cache_holds_what_plain_generates_holds(kind, quality, eos):
+    rows = make_rows(kind, MANY[:7])
+    kwargs = _stop_tokens(rows) if eos else {}
+    expected = rows.plain(return_dict_in_generate=True, **kwargs)
+    output = rows.speculate(rows.draft(quality), **kwargs)
+    mask = _mask_of(rows, expected.sequences, kwargs.get("eos_token_id", []))[:, :-1]
+    _assert_same(getattr(output, CACHE), getattr(expected, CACHE), mask)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_cache_is_right_wherever_the_call_ends(count):
+    rows = make_rows("gemma3_text")
+    for kwargs in ({"max_new_tokens": count}, {"eos_token_id": [rows.new_token(row, count - 1) for row in range(3)]}):
+        expected = rows.plain(return_dict_in_generate=True, **kwargs)
+        output = rows.speculate(rows.draft("perfect"), **kwargs)
+        assert output.sequences.tolist() == expected.sequences.tolist()
+        mask = _mask_of(rows, expected.sequences, kwargs.get("eos_token_id", []))[:, :-1]
+        _assert_same(getattr(output, CACHE), getattr(expected, CACHE), mask)
+
+
+def test_no_cache_is_returned_where_none_was_wanted():
+    rows = make_rows()
+    assert getattr(rows.speculate(rows.draft(), use_cache=False), CACHE) is None
+
+
+def _second_turn(rows, sequences, eos, **kwargs):
+    """Arguments that append a question to each row."""
+    question = torch.cat([random_prompt(64, 4, seed=60 + row) for row in range(len(rows.lengths))])
+    mask = _mask_of(rows, sequences, eos)
+    ids = torch.cat([sequences, question], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.cat([mask, torch.ones_like(question)], dim=1), **kwargs}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("turns", ["speculative speculative", "speculative plain", "plain speculative"])
+@pytest.mark.parametrize(
+    ("kind", "eos"),
+    [("qwen3", False), ("qwen3", True), ("deepseek_v3", True), ("gemma3_text", False), ("mistral", False)],
+)
+def test_second_turn_on_the_cache_equals_plain_generation_of_both(kind, eos, turns):
+    """Also of rows that ended early, whose padding lies between the turns."""
+    rows = make_rows(kind, MANY[:5])
+    kwargs = {"return_dict_in_generate": True} | (_stop_tokens(rows) if eos else {})
+    draft = rows.draft("noisy")
+    assistants = [{"assistant_model": draft} if turn == "speculative" else {} for turn in turns.split()]
+    first = rows.plain(**kwargs, **assistants[0])
+    longer = _second_turn(rows, first.sequences, kwargs.get("eos_token_id", []), max_new_tokens=NEW_TOKENS)
+    expected = rows.plain(**longer)
+    draft.follow_rows([row[row.index(next(filter(None, row))) :] for row in expected.tolist()], 0.2)
+    again = rows.plain(**longer, return_dict_in_generate=True, **{CACHE: getattr(first, CACHE)}, **assistants[1])
+    assert again.sequences.tolist() == expected.tolist()
+    assert getattr(again, CACHE).get_seq_length() == expected.shape[1] - 1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_draft_goes_on_with_what_it_read_in_the_first_turn(kind):
+    """It drafts what it would after reading everything at once, where rows stayed together."""
+    rows = make_rows(kind, (5, 9, 7))
+    draft = make_tiny_draft(rows.target, seed=2, num_hidden_layers=2)
+    first = rows.speculate(draft, output_logits=True)
+    longer = _second_turn(rows, first.sequences, [])
+    continued = rows.speculate(draft, **longer, **{CACHE: getattr(first, CACHE)})
+    at_once = rows.speculate(draft, **longer)
+    assert continued.sequences.tolist() == at_once.sequences.tolist()
+    assert [r.drafted for r in continued.rounds] == [r.drafted for r in at_once.rounds]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("bare", [False, True], ids=["of the model", "bare"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_prompt_may_lie_in_the_cache_already(kind, bare):
+    rows = make_rows(kind, (9, 7, 5))
+    cache = DynamicCache() if bare else DynamicCache(config=rows.target.config)
+    start, mask = 6, rows.prompts["attention_mask"]
+    with torch.no_grad():
+        ids, positions = rows.prompts["input_ids"][:, :start], (mask.cumsum(-1) - 1).clamp_min(0)[:, :start]
+        rows.target(ids, attention_mask=mask[:, :start], position_ids=positions, use_cache=True, **{CACHE: cache})
+    draft = rows.draft("near-perfect")
+    output = rows.speculate(draft, **{CACHE: cache})
+    assert output.sequences.tolist() == rows.said[:, :-AHEAD].tolist()
+    assert draft.last_stats.tau > 2
+    assert getattr(output, CACHE) is cache
+    assert cache.get_seq_length() == output.sequences.shape[1] - 1
+
+
+class _RaisingRows(ScriptedRows):
+    """Raises in its third block, between its layers' cache updates and its logits."""
+
+    calls_left = 3
+
+    def compute_logits(self, hidden_states):
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise Interrupt
+        return super().compute_logits(hidden_states)
+
+
+def _raise_in_streamer(target):
+    return {"streamer": RaisingStreamer(10)}
+
+
+def _raise_in_criterion(target):
+    return {"stopping_criteria": [RaisingCriterion(max(LENGTHS) + 12)]}
+
+
+def _raise_in_draft(target):
+    return {}
+
+
+def _raise_in_target(target):
+    """In the fourth forward, when half of its layers have updated their caches."""
+    calls = []
+
+    def hook(module, args):
+        calls.append(1)
+        if len(calls) == 4:
+            handle.remove()
+            raise Interrupt
+
+    handle = target.get_decoder().layers[2].register_forward_pre_hook(hook)
+    return {}
+
+
+def _state_of(target):
+    hooks = [module for module in target.modules() if module._forward_hooks or module._forward_pre_hooks]
+    return hooks, target.config._attn_implementation, "forward" in vars(target)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("place", [_raise_in_streamer, _raise_in_criterion, _raise_in_draft, _raise_in_target])
+@pytest.mark.parametrize("taps", [(0, 2), (0, 3)], ids=["list form", "hooks"])
+def test_exception_in_the_middle_leaves_nothing_changed(place, taps):
+    rows = make_rows("gemma3_text")
+    target, draft = rows.target, rows.draft("noisy", taps=taps)
+    expected = rows.said[:, :-AHEAD].tolist()
+    before, cache = _state_of(target), DynamicCache(config=target.config)
+    if place is _raise_in_draft:
+        draft.__class__ = _RaisingRows
+    with pytest.raises(Interrupt):
+        rows.speculate(draft, **place(target), **{CACHE: cache})
+    assert _state_of(target) == before
+    assert cache.get_seq_length() == max(LENGTHS)  # the prompts, from which a call may go on
+    ids = rows.said[:, : max(LENGTHS) + 2]
+    mask = torch.cat([rows.prompts["attention_mask"], torch.ones(3, 2, dtype=torch.long)], dim=1)
+    taken_up = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW_TOKENS - 2, CACHE: cache}
+    assert rows.speculate(draft, **taken_up).sequences.tolist() == expected
+    assert rows.speculate(draft).sequences.tolist() == expected
+    assert rows.plain().tolist() == expected
