@@ -4,7 +4,7 @@ from itertools import zip_longest
 
 import pytest
 import torch
-from tiny import HEADS, KINDS, QUALITIES, ScriptedRows, make_tiny_draft, make_tiny_target, speculate
+from tiny import HEADS, KINDS, QUALITIES, NextToken, make_tiny_draft, make_tiny_target, speculate
 from tiny_batch import AHEAD, LENGTHS, MANY, NEW_TOKENS, Rows, assert_as_scripted, make_rows, new_tokens_of, rounds_of
 from transformers import DynamicCache
 
@@ -140,20 +140,13 @@ DRAFTS = {
 }
 
 
-class _NextToken(ScriptedRows):
-    """It knows two of three next tokens, and nothing behind them."""
-
-    def proposal(self, position, anchor):
-        return super().proposal(position, anchor)[: position % 3][:1]
-
-
 @pytest.mark.core
 @pytest.mark.parametrize("schedule", [FixedLength(), ConfidenceThreshold(0.2)], ids=["whole blocks", "ragged"])
 @pytest.mark.parametrize("name", DRAFTS)
 def test_each_row_drafts_and_accepts_what_it_would_alone(name, schedule):
     """What a draft says of its own depends on every part of the context it has read."""
     rows = make_rows("gemma3_text", (5, 9, 2, 16), seed=6)
-    draft = make_tiny_draft(rows.target, seed=3, draft_class=_NextToken, **DRAFTS[name])
+    draft = make_tiny_draft(rows.target, seed=3, draft_class=NextToken, **DRAFTS[name])
     if draft.config.draft_vocab_size is None:
         draft.follow_rows(rows.unpadded(rows.said), 0.0)
     else:

@@ -231,6 +231,13 @@ class ScriptedRows(DSparkDraftModel):
         return logits
 
 
+class NextToken(ScriptedRows):
+    """A draft that knows two of three next tokens, and nothing behind them: these depend on all it has read."""
+
+    def proposal(self, position: int, anchor: int) -> list[int]:
+        return super().proposal(position, anchor)[: position % 3][:1]
+
+
 def make_draft_of_quality(
     target: PreTrainedModel, sequence: list[int], quality: str, *, seed: int = 0, **kwargs
 ) -> DSparkDraftModel:
