@@ -11,15 +11,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from scipy.stats import chisquare
 from tiny import make_tiny_draft, make_tiny_target, random_prompt
+from tiny_law import FALSE_ALARM, FOUND, AgainstRepeats, PositionalDraft, enumerate_law, marginals_of, p_value
 from torch import nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LlamaConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
 )
@@ -30,7 +29,6 @@ from hf_dspark.compat import CACHE
 from hf_dspark.sampling import SamplingRule
 from hf_dspark.state import Distribution
 
-FALSE_ALARM, FOUND = 1e-4, 1e-6
 NUM_DRAWS, NEW_TOKENS = 2500, 5
 PROMPT = random_prompt(5, 3)
 
@@ -72,27 +70,6 @@ class TrigramTarget(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(**states, **{CACHE: cache})
 
 
-class PositionalDraft(DSparkDraftModel):
-    """Heads of a draft on a backbone that sees only positions, which costs nothing.
-
-    With `marginals` it knows the target's law at each position, though not the tokens before it.
-    """
-
-    marginals: torch.Tensor | None = None  # [positions, V]
-
-    def forward(self, features, block_ids, position_ids, *args, **kwargs):
-        self._block_positions = position_ids[:, -block_ids.shape[1] :]
-        states = torch.randn(64, self.config.hidden_size, generator=torch.Generator().manual_seed(5))
-        return states[self._block_positions]
-
-    def compute_logits(self, hidden_states):
-        if self.marginals is None:
-            return super().compute_logits(hidden_states)
-        positions = self._block_positions[:, : hidden_states.shape[1]] + 1  # a position predicts the token after it
-        logits = (self.marginals[positions.clamp_max(len(self.marginals) - 1)] + 1e-3).log()
-        return logits if self.draft_token_ids is None else logits[..., self.draft_token_ids]
-
-
 def _trigram_target(vocab_size=5, change=None):
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
     with torch.random.fork_rng():
@@ -129,64 +106,6 @@ def _draw_many(
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": new_tokens, "pad_token_id": 0, **kwargs}
     target.generate(prompt, custom_generate=decode, **settings)
     return Call(*calls[0], drawn)
-
-
-@torch.no_grad()
-def _enumerate_law(target, prompt, processors, new_tokens, eos=None) -> dict[tuple[int, ...], float]:
-    """Probability of every continuation the target can produce, by transformers' own processors."""
-    open_sequences, probs, law = prompt, torch.ones(1, dtype=torch.float64), {}
-    for _ in range(new_tokens):
-        logits = target(open_sequences, **{CACHE: DynamicCache(config=target.config)}).logits
-        scores = processors(open_sequences, logits[:, -1].float())
-        joint = probs.unsqueeze(-1) * scores.double().softmax(-1)
-        rows, tokens = (joint > 0).nonzero(as_tuple=True)
-        open_sequences, probs = torch.cat([open_sequences[rows], tokens.unsqueeze(-1)], dim=-1), joint[rows, tokens]
-        if eos is not None:
-            ended = tokens == eos
-            law |= _as_law(open_sequences[ended], probs[ended], prompt)
-            open_sequences, probs = open_sequences[~ended], probs[~ended]
-    return law | _as_law(open_sequences, probs, prompt)
-
-
-def _as_law(sequences, probs, prompt):
-    continuations = sequences[:, prompt.shape[1] :].tolist()
-    return {tuple(tokens): p for tokens, p in zip(continuations, probs.tolist(), strict=True)}
-
-
-def _p_value(law: dict[tuple[int, ...], float], drawn: list[tuple[int, ...]]) -> float:
-    """Of a chi-square test; unlikely continuations are pooled until 5 of a pool are expected."""
-    assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
-    impossible = set(drawn) - law.keys()
-    assert not impossible, f"the target cannot produce {sorted(impossible)[:3]}"
-    counts = dict.fromkeys(law, 0)
-    for tokens in drawn:
-        counts[tokens] += 1
-    observed, expected = [0.0], [0.0]
-    for tokens, probability in sorted(law.items(), key=lambda item: item[1]):
-        if expected[-1] >= 5:
-            observed.append(0.0)
-            expected.append(0.0)
-        observed[-1] += counts[tokens]
-        expected[-1] += probability * len(drawn)
-    assert len(expected) > 10
-    total = sum(expected)
-    return chisquare(observed, [e * len(drawn) / total for e in expected]).pvalue
-
-
-def _marginals(law, prompt, vocab_size) -> torch.Tensor:
-    longest = max(map(len, law))
-    table = torch.zeros(prompt.shape[1] + longest, vocab_size)
-    for tokens, probability in law.items():
-        for i, token in enumerate(tokens):
-            table[prompt.shape[1] + i, token] += probability
-    return table
-
-
-class AgainstRepeats(LogitsProcessor):
-    """Of a type nobody knows: it might keep a state, so it is called once for each emitted token."""
-
-    def __call__(self, input_ids, scores):
-        return scores.scatter_add(-1, input_ids[:, -2:], torch.full_like(scores[:, :2], -1.0))
 
 
 SETTINGS = {
@@ -259,9 +178,9 @@ def _sample(setting, seed=1):
         "loop": setting.get("loop", "dspark"),
     }
     processors = _draw_many(target, draft, PROMPT, 0, **options, **kwargs).processors
-    law = _enumerate_law(target, PROMPT, processors, options["new_tokens"], kwargs.get("eos_token_id"))
+    law = enumerate_law(target, PROMPT, processors, options["new_tokens"], kwargs.get("eos_token_id"))
     if informed:
-        draft.marginals = _marginals(law, PROMPT, 5)
+        draft.marginals = marginals_of(law, PROMPT, 5)
     torch.manual_seed(seed)
     num_draws = setting.get("num_draws", NUM_DRAWS)
     return law, _draw_many(target, draft, PROMPT, num_draws, **options, **kwargs).sequences
@@ -270,7 +189,7 @@ def _sample(setting, seed=1):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.core] * (name in CORE)) for name in SETTINGS])
 def test_sampled_continuations_follow_the_targets_law(name):
     law, drawn = _sample(SETTINGS[name])
-    assert _p_value(law, drawn) > FALSE_ALARM
+    assert p_value(law, drawn) > FALSE_ALARM
 
 
 def _few_ties(table):
@@ -294,11 +213,11 @@ def test_top_k_on_a_larger_vocabulary_follows_the_law_of_transformers_processors
     target, prompt = _trigram_target(48, change), random_prompt(48, 3)
     draft = make_tiny_draft(target, taps=(0,), draft_class=PositionalDraft)
     processors = _draw_many(target, draft, prompt, 0, **kwargs).processors
-    law = _enumerate_law(target, prompt, processors, new_tokens)
-    draft.marginals = _marginals(law, prompt, 48)
+    law = enumerate_law(target, prompt, processors, new_tokens)
+    draft.marginals = marginals_of(law, prompt, 48)
     torch.manual_seed(1)
     drawn = _draw_many(target, draft, prompt, 1500, new_tokens=new_tokens, **kwargs).sequences
-    assert _p_value(law, drawn) > FALSE_ALARM
+    assert p_value(law, drawn) > FALSE_ALARM
 
 
 def _residual_of_the_next_row(accept_prefix):
@@ -345,7 +264,7 @@ def test_planted_bias_is_found(function, plant, name, num_draws, monkeypatch):
         if module_name.startswith("hf_dspark.") and function in vars(module):
             monkeypatch.setattr(module, function, plant(vars(module)[function]))
     law, drawn = _sample(SETTINGS[name] | {"num_draws": num_draws})
-    assert _p_value(law, drawn) < FOUND
+    assert p_value(law, drawn) < FOUND
 
 
 @pytest.mark.core
