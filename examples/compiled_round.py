@@ -3,7 +3,7 @@
     python examples/compiled_round.py --prompts prompts.jsonl --num-prompts 50
 
 On the demo's target and the shipped draft, greedy, one sequence at a time. Plain generation runs eagerly and, with a
-static cache, compiled. The last line is JSON; `graphs_after_warm_up` counts what was compiled behind the warm-up, which is
+static cache, compiled. The last line is JSON; `graphs_after_warm_up` counts what was compiled behind the warm-up:
 a prompt for each number of slots that they need.
 """
 
