@@ -3,11 +3,13 @@
 import pytest
 import torch
 from interrupts import Interrupt, RaisingCriterion, RaisingStreamer
-from tiny import ScriptedRows, make_tiny_draft, random_prompt
+from tiny import NextToken, ScriptedRows, make_tiny_draft, random_prompt
 from tiny_batch import AHEAD, LENGTHS, MANY, NEW_TOKENS, make_rows, new_tokens_of
 from transformers import DynamicCache
 
+from hf_dspark import ConfidenceThreshold, FixedLength
 from hf_dspark.compat import CACHE
+from hf_dspark.slots import SlotCache
 
 
 def _stop_tokens(rows) -> dict[str, list[int]]:
@@ -124,6 +126,52 @@ def test_prompt_may_lie_in_the_cache_already(kind, bare):
     assert draft.last_stats.tau > 2
     assert getattr(output, CACHE) is cache
     assert cache.get_seq_length() == output.sequences.shape[1] - 1
+
+
+@pytest.mark.core
+def test_draft_sees_nothing_of_a_prompt_that_it_has_not_read():
+    """Each row's context begins where its cache ended, also after others went out; and it drafts as if alone."""
+    rows = make_rows("qwen3", (9, 5, 7, 8))
+    target, mask, start = rows.target, rows.prompts["attention_mask"], 6
+    draft = make_tiny_draft(target, seed=2, num_hidden_layers=2, draft_class=NextToken)
+    draft.follow_rows(rows.unpadded(rows.said), 0.0)
+
+    def speculate_behind(**prompts):
+        cache, first = DynamicCache(), {name: tensor[:, :start] for name, tensor in prompts.items()}
+        positions = (first["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        with torch.no_grad():
+            target(**first, position_ids=positions, use_cache=True, **{CACHE: cache})
+        stops = [rows.new_token(0, 6), rows.new_token(2, 14)]
+        return rows.speculate(draft, **prompts, **{CACHE: cache}, eos_token_id=stops).rounds
+
+    together = speculate_behind(**rows.prompts)
+    for row in range(4):
+        own = {name: tensor[row : row + 1] for name, tensor in rows.prompts.items()}
+        alone = speculate_behind(**own)
+        ours = [r for r in together if r.row == row]
+        assert [r.emitted for r in ours] == [r.emitted for r in alone]
+        assert all(one.drafted[: len(r.drafted)] == r.drafted for one, r in zip(ours, alone, strict=True))
+    assert (mask[:, :start].sum(-1) > 0).all()
+    assert len({sum(r.row == row for r in together) for row in range(4)}) > 1
+
+
+@pytest.mark.core
+def test_no_slot_is_written_twice_in_one_forward(monkeypatch):
+    """Which of two would stay is left open."""
+    written, place = [], SlotCache.place
+
+    def checked(self, slots, stop, **kwargs):
+        place(self, slots, stop, **kwargs)
+        for row in self.slots.tolist():
+            own = [slot for slot in row if slot < self.num_slots]
+            assert len(set(own)) == len(own)
+            written.append(len(own))
+
+    monkeypatch.setattr(SlotCache, "place", checked)
+    rows = make_rows("gemma3_text", MANY[:6])
+    for schedule in (FixedLength(), ConfidenceThreshold(0.2)):
+        rows.speculate(rows.draft("noisy"), schedule=schedule, eos_token_id=rows.new_token(1, 4))
+    assert len(written) > 100
 
 
 class _RaisingRows(ScriptedRows):
