@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from interrupts import Interrupt, RaisingCriterion, RaisingStreamer, converse
-from test_sampling_law import FALSE_ALARM, _draw_many, _enumerate_law, _p_value
+from test_sampling_law import _draw_many
 from tiny import (
     QUALITIES,
     make_draft_of_quality,
@@ -19,6 +19,7 @@ from tiny import (
     scripted_rounds,
     speculate,
 )
+from tiny_law import FALSE_ALARM, enumerate_law, p_value
 from transformers import DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
@@ -226,9 +227,9 @@ def test_sampled_continuations_follow_the_targets_law():
     draft, prompt = make_tiny_draft(target, taps=(0, 1)), random_prompt(5, 3)
     arguments = {"new_tokens": 4, "temperature": 1.5}
     processors = _draw_many(target, draft, prompt, 0, **arguments).processors
-    law = _enumerate_law(target, prompt, processors, 4)
+    law = enumerate_law(target, prompt, processors, 4)
     torch.manual_seed(1)
-    assert _p_value(law, _draw_many(target, draft, prompt, 400, **arguments).sequences) > FALSE_ALARM
+    assert p_value(law, _draw_many(target, draft, prompt, 400, **arguments).sequences) > FALSE_ALARM
 
 
 @pytest.mark.core

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from interrupts import Interrupt, RaisingCriterion, RaisingDraft, RaisingStreamer, converse
-from test_sampling_law import FALSE_ALARM, _draw_many, _enumerate_law, _p_value
+from test_sampling_law import _draw_many
 from tiny import (
     QUALITIES,
     ScriptedDraft,
@@ -17,6 +17,7 @@ from tiny import (
     scripted_rounds,
     speculate,
 )
+from tiny_law import FALSE_ALARM, enumerate_law, p_value
 from transformers import CONFIG_MAPPING, DynamicCache
 
 from hf_dspark import DSparkDraftModel
@@ -401,9 +402,9 @@ def test_sampled_continuations_follow_the_targets_law():
     draft = make_tiny_draft(target, draft_class=DSparkDraftModel)
     arguments = {"new_tokens": 4, "temperature": 1.2}
     processors = _draw_many(target, draft, prompt, 0, **arguments).processors
-    law = _enumerate_law(target, prompt, processors, 4)
+    law = enumerate_law(target, prompt, processors, 4)
     torch.manual_seed(1)
-    assert _p_value(law, _draw_many(target, draft, prompt, 250, **arguments).sequences) > FALSE_ALARM
+    assert p_value(law, _draw_many(target, draft, prompt, 250, **arguments).sequences) > FALSE_ALARM
 
 
 @pytest.mark.core

@@ -131,7 +131,7 @@ class _Never(StoppingCriteria):
         ({"max_time": 5.0}, "max_time"),
         ({"logits_processor": [_Counting()]}, "keep a state"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
-        ({"num_return_sequences": 2, "do_sample": True}, "one sequence at a time"),
+        ({"num_return_sequences": 2, "do_sample": True}, "several sequences at once"),
     ],
 )
 def test_limits_of_the_stock_loop_are_refused_by_name(target, draft, kwargs, message):
