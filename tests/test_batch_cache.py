@@ -110,6 +110,18 @@ def test_draft_goes_on_with_what_it_read_in_the_first_turn(kind):
     assert [r.drafted for r in continued.rounds] == [r.drafted for r in at_once.rounds]
 
 
+def test_compiled_rounds_go_on_with_what_the_draft_read_and_had_yet_to_read_before():
+    rows = make_rows("qwen3", (7,))
+    draft = make_tiny_draft(rows.target, seed=2, num_hidden_layers=2)
+    first = rows.speculate(draft)
+    longer = _second_turn(rows, first.sequences, [])
+    draft.compile_round(rows.target, backend="eager")
+    continued = rows.speculate(draft, **longer, **{CACHE: getattr(first, CACHE)})
+    at_once = rows.speculate(draft, **longer)
+    assert [r.drafted for r in continued.rounds] == [r.drafted for r in at_once.rounds]
+    assert continued.sequences.tolist() == at_once.sequences.tolist()
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("bare", [False, True], ids=["of the model", "bare"])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])

@@ -230,7 +230,10 @@ def test_rows_that_come_in_behind_others_say_and_draft_what_they_would_alone(kin
     said = [plain(target, p, max_new_tokens=45)[0].tolist() for p in prompts]
     draft.follow_rows(said, 0.0)
     refill = _Refill(target, draft, schedule, num_rows=3)
+    widths = []
+    hook = draft.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
     refill.run(prompts, counts, eos)
+    hook.remove()
     for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
         kwargs = {"max_new_tokens": count, "eos_token_id": eos, "pad_token_id": 0}
         assert refill.said[index] == plain(target, prompt, **kwargs)[0].tolist()
@@ -240,5 +243,7 @@ def test_rows_that_come_in_behind_others_say_and_draft_what_they_would_alone(kin
         assert [r.emitted for r in refill.rows[index].records] == [r.emitted for r in alone.rounds]
         for ours, theirs in zip(refill.rows[index].records, alone.rounds, strict=True):
             assert ours.drafted[: len(theirs.drafted)] == theirs.drafted
+    assert {5, 14, 30} <= set(widths)
+    assert 9 not in widths  # that prompt's only token was the target's: the draft need not read it
     assert max(refill.num_live) == 3
     assert sum(refill.num_live) == sum(len(row.records) for row in refill.rows)
