@@ -10,6 +10,8 @@ from transformers.generation import stopping_criteria as sc
 from .sampling import SamplingRule
 from .state import DecodeState
 
+# Criteria whose verdict is a function of the prefix and the clock.
+_STATELESS = (sc.MaxLengthCriteria, sc.EosTokenCriteria, sc.MaxTimeCriteria, sc.StopStringCriteria)
 _EXTRAS = ("scores", "logits", "hidden_states", "attentions")
 
 
@@ -71,10 +73,13 @@ class Verdicts:
         self, tokens: torch.Tensor, scores: torch.Tensor | None, ended: Sequence[bool] = (False,)
     ) -> tuple[int, list[bool]]:
         """How many of `tokens` [B, m] come before a row stops that has not `ended`, and which rows stop there."""
-        self.on_last(tokens, scores)
-        # One more synchronisation a round, only where the user gave criteria: they decide how much is emitted.
-        verdicts = torch.stack(self._verdicts[: tokens.shape[1]]).tolist()
-        for count, stops in enumerate(verdicts, 1):
-            if any(stop and not before for stop, before in zip(stops, ended, strict=True)):
-                return count, stops
-        return len(verdicts), [False] * len(ended)
+        num_tokens = tokens.shape[1]
+        # One more synchronisation a round, only where the user gave criteria: they decide how much is emitted. One a
+        # token where they may keep a state: they must not be asked of a prefix behind a stop, which is not emitted.
+        step = num_tokens if all(type(c) in _STATELESS for c in self._criteria) else 1
+        for start in range(0, num_tokens, step):
+            self.on_last(tokens[:, : start + step], scores)
+            for count, stops in enumerate(torch.stack(self._verdicts[start : start + step]).tolist(), start + 1):
+                if any(stop and not before for stop, before in zip(stops, ended, strict=True)):
+                    return count, stops
+        return num_tokens, [False] * len(ended)

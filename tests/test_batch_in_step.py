@@ -48,6 +48,13 @@ class _OnCall(StoppingCriteria):
         return torch.full((len(input_ids),), self.left <= 0)
 
 
+class _Always(StoppingCriteria):
+    """Ends the first row at once, and says so ever after."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.arange(len(input_ids)) == 0
+
+
 class _Moody(LogitsProcessor):
     """Its mood changes with every call; remembers what it was given."""
 
@@ -108,7 +115,9 @@ def test_output_equals_plain(name, schedule):
     request = REQUESTS[name]
     expected = rows.plain(**request(rows))
     draft = _knowing(rows, expected, 0.1)
-    assert rows.speculate(draft, schedule=schedule, **request(rows)).sequences.tolist() == expected.tolist()
+    output = rows.speculate(draft, schedule=schedule, **request(rows))
+    assert output.sequences.tolist() == expected.tolist()
+    assert all(r.accepted <= r.verified for r in output.rounds)
     assert draft.last_stats.tau > 1.2 or name not in LONG or schedule.needs_confidence
     assert (expected.tolist() != rows.plain().tolist()) == (name != "time")
 
@@ -117,21 +126,37 @@ def test_output_equals_plain(name, schedule):
 @EACH_SCHEDULE
 @pytest.mark.parametrize("eos", [False, True], ids=["no stop token", "stop tokens"])
 @pytest.mark.parametrize("scores", [False, True], ids=["ids", "scores"])
-def test_criteria_and_processors_see_each_prefix_once_in_order(eos, scores, schedule):
+@pytest.mark.parametrize("moody", [False, True], ids=["criterion", "criterion and processor"])
+def test_criteria_and_processors_see_each_prefix_once_in_order(moody, scores, eos, schedule):
     """Also those of rows that end while others go on; and no prefix that is not in the output."""
     rows = make_rows("qwen3", MANY[:5])
-    seen = []
-    draft = None
-    for step in range(2):
-        criterion, processor = _OnTokens([rows.new_token(1, 6), 9, 23]), _Moody()
-        kwargs = {"stopping_criteria": [criterion], "logits_processor": [processor]}
+    seen, draft = [], None
+    for speculates in (False, True):
+        criterion, processor = _OnTokens([9, 18, 23, 63] if moody else [9, 16, 18, 23, 39, 63]), _Moody()
+        kwargs = {"stopping_criteria": [criterion]}
+        if moody:  # the first row ends at once, and is often wrong from then on
+            kwargs = {"stopping_criteria": [criterion, _Always()], "logits_processor": [processor]}
         kwargs |= {"eos_token_id": _some_eos(rows)} if eos else {}
         kwargs |= {"output_scores": True, "return_dict_in_generate": True} if scores else {}
-        expected = rows.plain(**kwargs, **({"assistant_model": draft, "schedule": schedule} if step else {}))
-        draft = _knowing(rows, expected.sequences if scores else expected, 0.1)
+        expected = rows.plain(**kwargs, **({"assistant_model": draft, "schedule": schedule} if speculates else {}))
+        draft = _knowing(rows, expected.sequences if scores else expected, [0.5 * moody, 0.05, 0.05, 0.3, 0.05])
         seen.append((criterion.seen, processor.seen))
     assert seen[0] == seen[1]
-    assert len(seen[0][0]) == len(seen[0][1]) > 5
+    assert len(seen[0][0]) >= 5
+
+
+@pytest.mark.parametrize("eos", [{}, {"eos_token_id": 64}], ids=["no stop token", "stop token"])
+@pytest.mark.parametrize("moody", [False, True], ids=["criterion", "criterion and processor"])
+def test_a_row_that_has_ended_does_not_hold_the_others_up(moody, eos):
+    rows = make_rows("qwen3", (4, 7, 5))
+
+    def request():
+        return eos | {"stopping_criteria": [_Always()]} | ({"logits_processor": [_Moody()]} if moody else {})
+
+    expected = rows.plain(**request())
+    draft = _knowing(rows, expected, 0.0)
+    assert rows.speculate(draft, **request()).sequences.tolist() == expected.tolist()
+    assert draft.last_stats.tau > 3
 
 
 @pytest.mark.core
