@@ -189,7 +189,7 @@ def test_what_is_collected_equals_plain_in_value_and_layout(kind, eos):
     kwargs.pop("return_dict_in_generate")
     output = rows.speculate(draft, **kwargs)
     assert output.sequences.tolist() == expected.sequences.tolist()
-    assert draft.last_stats.tau > 1.2
+    assert draft.last_stats.tau > 1.1
     assert not eos or (expected.sequences[:, max(rows.lengths) :] == 0).any()
     for name in names:
         ours, theirs = getattr(output, name), getattr(expected, name)
