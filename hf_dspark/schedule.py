@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from math import isfinite
+from math import isfinite, sqrt
 from statistics import median
 
 import torch
@@ -155,8 +155,9 @@ class DraftGate:
 
     The unit is the time p of a plain round, one without drafting, and c is the time of a drafting one over p. Drafting
     goes on until it has lost more than `patience` against plain decoding of the same tokens; gains count against
-    losses, the last `savings` of them. Then follow `first_interval` plain rounds and another try, and after each try
-    that fails twice as many, up to `max_interval`; one that gains `patience` brings the first interval back.
+    losses, the last `savings` of them; both over the root of the number of requests. Then follow `first_interval`
+    plain rounds and another try, and after each try that fails twice as many, up to `max_interval`; one that gains
+    `patience` brings the first interval back.
 
     Never slower than plain by more than the tries cost: each loses at most patience + c - 1, for a round emits a token
     a request in any case. On N tokens a request of a text on which drafting always loses there are at most
@@ -223,7 +224,7 @@ class DraftGate:
         if self._draft_factors and self._plain_factors:
             draft_seconds *= median(self._draft_factors)
             plain_seconds *= median(self._plain_factors)
-        self._after_drafting_round(draft_seconds / plain_seconds - num_emitted / num_requests)
+        self._after_drafting_round(draft_seconds / plain_seconds - num_emitted / num_requests, num_requests)
 
     def reset(self) -> None:
         """Another text comes: a try is due, unless the last one failed less than `first_interval` rounds ago."""
@@ -237,11 +238,13 @@ class DraftGate:
             self._waited += 1
             self._to_wait -= 1
 
-    def _after_drafting_round(self, loss: float) -> None:
-        self._lost = max(self._lost + loss, -self.savings)
-        if self._lost <= -self.patience:
+    def _after_drafting_round(self, loss: float, num_requests: int) -> None:
+        # The mean over R requests varies less from round to round, as one over the root of R.
+        patience, savings = (limit / sqrt(num_requests) for limit in (self.patience, self.savings))
+        self._lost = max(self._lost + loss, -savings)
+        if self._lost <= -patience:
             self._interval = self.first_interval
-        if self._lost > self.patience:
+        if self._lost > patience:
             self._lost, self._waited, self._to_wait = 0.0, 0, self._interval
             self._interval = min(2 * self._interval, self.max_interval)
 

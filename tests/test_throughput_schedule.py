@@ -546,3 +546,18 @@ def test_loop_stops_drafting_where_it_does_not_pay_and_only_there(draft_seconds,
             assert drafted.count(False) <= 2  # a plain round is measured now and then
         else:
             assert drafted.count(True) < len(drafted) / 4
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("num_requests", [1, 4, 16])
+def test_gate_loses_patience_with_a_batch_sooner_by_the_root_of_its_size(num_requests):
+    gate = DraftGate(_gate_table(1.0), patience=2.0)
+    cost = (gate.cost_table.seconds(num_requests) + gate.cost_table.draft_seconds(num_requests)) / (
+        gate.cost_table.seconds(num_requests)
+    )
+    rounds = 0
+    while gate.should_draft():
+        rounds += 1
+        gate.observe(round((cost - 0.1) * num_requests * 1000) / 1000, 0, num_requests=num_requests)  # 0.1 lost
+        assert rounds < 100
+    assert rounds == pytest.approx(2.0 / num_requests**0.5 / 0.1, abs=1)
