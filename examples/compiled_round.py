@@ -3,8 +3,8 @@
     python examples/compiled_round.py --prompts prompts.jsonl --num-prompts 50
 
 On the demo's target and the shipped draft, greedy, one sequence at a time. Plain generation runs eagerly and, with a
-static cache, compiled. The last line is JSON; `graphs_after_warm_up` counts what was compiled behind the warm-up:
-a prompt for each number of slots that they need.
+static cache, compiled, and so does transformers' own assisted loop with our candidates. The last line is JSON;
+`graphs_after_warm_up` counts what was compiled behind the warm-up: a prompt for each number of slots that they need.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from hf_dspark.compiled import CompiledRound
 from hf_dspark.demo import demo_draft_folder, load_demo_target
 from hf_dspark.eval.prompts import encode_prompt, read_prompts
 
+ARMS = ["plain", "plain_compiled", "transformers_compiled", "eager", "compiled"]
+
 
 def main() -> None:
     args = parse_arguments()
@@ -35,9 +37,12 @@ def main() -> None:
     static = CompileConfig()
     static._compile_all_devices = True  # generate() compiles on accelerators only
     longest = max(prompt.shape[1] for prompt in prompts) + args.max_new_tokens
+    in_static_cache = {"cache_implementation": "static", "compile_config": static, "max_length": longest}
+    stock_loop = eager.as_custom_generate(loop="transformers")
     arms = {
         "plain": {},
-        "plain_compiled": {"cache_implementation": "static", "compile_config": static, "max_length": longest},
+        "plain_compiled": in_static_cache,
+        "transformers_compiled": {"custom_generate": stock_loop, **in_static_cache},
         "eager": {"assistant_model": eager},
         "compiled": {"assistant_model": compiled},
     }
@@ -88,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, help="jsonl file with `turns`")
     parser.add_argument("--num-prompts", type=int, default=50)
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--arms", nargs="+", default=["plain", "plain_compiled", "eager", "compiled"])
+    parser.add_argument("--arms", nargs="+", default=ARMS)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
