@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import block_attention, visible_keys
 from .dispatch import note
+from .packing import Packing
 
 NAME = "dspark"
 MAX_BLOCK = 64  # rows; longer inputs are prompts, which are sdpa's
@@ -23,9 +24,30 @@ MAX_BLOCK = 64  # rows; longer inputs are prompts, which are sdpa's
 
 def dspark_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,  # [B, H, L, D]
+    query: torch.Tensor,  # [B, H, L, D], or packed [1, H, T, D]
     key: torch.Tensor,  # [B, Hkv, S, D]
     value: torch.Tensor,  # [B, Hkv, S, Dv]
+    attention_mask: torch.Tensor | None,
+    *args,
+    packing: Packing | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """`block_attention` as models call it, [B, L, H, Dv]. Prompts and training go to sdpa where it can serve.
+
+    With `packing`, queries come and outputs go packed [1, T, H, Dv]; keys, values and mask are those of rows.
+    """
+    if packing is None:
+        return _attend(module, query, key, value, attention_mask, *args, **kwargs)
+    query = packing.unpack(query.transpose(1, 2)).transpose(1, 2)
+    output, weights = _attend(module, query, key, value, attention_mask, *args, **kwargs)
+    return packing.pack(output), weights
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -37,7 +59,6 @@ def dspark_attention(
     kv_lengths: torch.Tensor | None = None,  # [B]  keys of each row, in slots 0, 1, ...; they replace the mask
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """`block_attention` as models call it, [B, L, H, Dv]. Prompts and training go to sdpa where it can serve."""
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_sdpas = softcap is None and s_aux is None and kv_lengths is None
     if dropout > 0 or kwargs.get("position_bias") is not None or (is_sdpas and not _is_block(query, key)):

@@ -18,12 +18,15 @@ from .batch_draft import BatchDraft
 from .compat import CACHE
 from .compiled import CompiledRound
 from .features import FeatureTap
+from .packing import Packing
 from .rows import Columns, Emission, Emit, Row, groups_of, pad_ended, rows_of
 from .sampling import Prefixes
 from .schedule import Schedule
 from .slots import SlotCache, move_into_slots, slot_masks, windows_of
 from .state import Choice, DecodeState, DraftBlock, RoundRecord
 from .terms import Verdicts
+
+_FREE_ON_CUDA = 256  # tokens; up to there a forward takes as long as one over a single token, so padding costs nothing
 
 
 class RowBatch:
@@ -149,10 +152,14 @@ class RowBatch:
             else block.token_ids[:, :width].to(self.columns.ids.device)
         )
         draft_ids = pad_ended(self.rows, draft_ids)
+        packing = self._packing()
         with watch.part("verify"):
-            logits, outputs = self.verify(draft_ids)
+            logits, outputs = self.verify(draft_ids, packing=packing)
         emission = (emit or self.emit)(self.rows, logits, draft_ids, block, limits)
-        self.drafting.hand_over(self.rows, self.tap.take(outputs), emission)
+        features = self.tap.take(outputs)
+        if packing is not None:
+            features = packing.unpack(features)
+        self.drafting.hand_over(self.rows, features, emission)
         self.columns.append(self.rows, emission)
         for place, (row, count) in enumerate(zip(self.rows, emission.counts, strict=True)):
             if row.ended:
@@ -160,31 +167,41 @@ class RowBatch:
             emitted = emission.token_ids[place : place + 1, :count]
             figures = (self._lengths[place], emission.num_accepted[place], emitted)
             row.records.append(RoundRecord.of(block, *figures, row=row.index, row_of_block=place))
-        verified = None if block is None else width * len(self.rows)
+        verified = width * len(self.rows) if packing is None else sum(self._lengths)
+        verified = None if block is None else verified
         seconds = None if self.agreement.is_needed else watch.host_seconds() - start
         self.schedule.observe(sum(emission.counts), verified, num_requests=len(self.rows), seconds=seconds)
         return emission, logits, outputs
 
-    def verify(self, draft_ids: torch.Tensor, forward: Callable[..., Any] | None = None) -> tuple[torch.Tensor, Any]:
+    def verify(
+        self,
+        draft_ids: torch.Tensor,
+        forward: Callable[..., Any] | None = None,
+        *,
+        packing: Packing | None = None,
+    ) -> tuple[torch.Tensor, Any]:
         """Logits [R, L+1, V] of the target, in fp32, after the anchors and each of `draft_ids` [R, L]; its outputs.
 
-        `forward` is called in place of the rounds' own.
+        `forward` is called in place of the rounds' own. With `packing` the target reads, and outputs, packed tokens.
         """
         columns = torch.arange(draft_ids.shape[1] + 1, device=self.columns.ids.device)
         slots = self.columns.anchor_slots(self.rows).unsqueeze(-1) + columns
-        self.cache.place(slots, max(row.num_slots for row in self.rows) + draft_ids.shape[1])
+        self.cache.place(slots, max(row.num_slots for row in self.rows) + draft_ids.shape[1], packing=packing)
         tokens = torch.cat([self.columns.anchors(self.rows).unsqueeze(-1), draft_ids], dim=1)
-        arguments = {"input_ids": tokens, CACHE: self.cache, "use_cache": True}
         # Drafted tokens behind the last that a row has room for are read where a position is sure to exist.
         last = torch.tensor([row.num_slots + row.room - 2 for row in self.rows], device=slots.device).unsqueeze(-1)
-        arguments["position_ids"] = self.columns.positions(slots.minimum(last), self.rows)
-        arguments |= self._attention(slots) | self.tap.forward_kwargs
-        arguments |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
+        of_tokens = {"input_ids": tokens, "position_ids": self.columns.positions(slots.minimum(last), self.rows)}
+        of_tokens |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
+        arguments = {CACHE: self.cache, "use_cache": True} | self._attention(slots) | self.tap.forward_kwargs
+        if packing is not None:
+            of_tokens = {name: packing.pack(values) for name, values in of_tokens.items()}
+            arguments["packing"] = packing
         if "hidden_states" in self.rows[0].terms.extras:  # which only a call by itself collects
             arguments["output_hidden_states"] = True
         with self.target._optimize_model_for_decode():
-            outputs = (forward or self.forward)(**arguments, return_dict=True)
-        return outputs.logits.to(self.columns.ids.device, torch.float32), outputs
+            outputs = (forward or self.forward)(**of_tokens, **arguments, return_dict=True)
+        logits = outputs.logits.to(self.columns.ids.device, torch.float32)
+        return logits if packing is None else packing.unpack(logits), outputs
 
     def emit(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Emission:
         """Accept, add the target's own token, and stop where plain generate() would.
@@ -233,11 +250,30 @@ class RowBatch:
         """How many of each row's tokens the target is to confirm: [R] (None: all), and on the host."""
         if block is None or not self.schedule.needs_confidence:
             return None, [0 if block is None else block.token_ids.shape[1]] * len(self.rows)
-        limits = self.schedule.padded(block.confidence).to(self.columns.ids.device)
+        schedule = self.schedule if self._can_pack() else self.schedule.padded
+        limits = schedule(block.confidence).to(self.columns.ids.device)
         if self.agreement.is_needed:
             limits = self.agreement.of_first(limits)
         # The width of the verification is a shape, which the host must know: one synchronisation a round.
         return limits, limits.tolist()
+
+    def _can_pack(self) -> bool:
+        """Whether rows can go through the target without padding, and whether it may be worth it."""
+        decoder = self.target.get_decoder()
+        num_tokens = len(self.rows) * (self.draft.config.block_size + 1)
+        return (
+            self.compiled is None
+            and decoder.config._attn_implementation == BLOCK_ATTENTION
+            and decoder._supports_attention_backend  # it hands `packing` on
+            and "hidden_states" not in self.rows[0].terms.extras
+            and (num_tokens > _FREE_ON_CUDA or self.target.device.type != "cuda")
+        )
+
+    def _packing(self) -> Packing | None:
+        """How the last block's tokens are packed; None where no row is shorter than another, or may not be."""
+        if min(self._lengths) == max(self._lengths) or not self._can_pack():
+            return None
+        return Packing.of_lengths([length + 1 for length in self._lengths], self.columns.ids.device)
 
     def _choose(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Choice:
         """`choose_tokens` for the rows of each call, by that call's rule."""
@@ -274,7 +310,9 @@ class RowBatch:
     def _attention(self, slots: torch.Tensor) -> dict[str, Any]:
         """What tells the target's attention which slots are seen."""
         implementation = self.target.get_decoder().config._attn_implementation
-        if implementation == BLOCK_ATTENTION and not any(self.cache.windows):  # not all models hand a window on
+        # On a CPU masks are faster, made once for all layers; and not all models hand a window on.
+        is_read_there = slots.device.type == "cuda" and not any(self.cache.windows)
+        if implementation == BLOCK_ATTENTION and is_read_there:
             # Any mask of four axes keeps the model from making one of its own.
             no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=slots.device)
             return {"attention_mask": no_mask, "kv_lengths": slots[:, -1] + 1}

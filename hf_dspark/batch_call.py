@@ -5,6 +5,7 @@ processors that keep a state, streamers, collected scores), they keep in step: a
 to the one that accepted fewest, which leaves each row's law as it is.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -49,9 +50,19 @@ class BatchCall:
         return tuple(record for row in self.rows for record in row.records)
 
     def run(
-        self, model_kwargs: dict[str, Any], cache: Cache, tap: FeatureTap, streamer, *, returns_cache: bool
+        self,
+        model_kwargs: dict[str, Any],
+        cache: Cache,
+        tap: FeatureTap,
+        streamer,
+        *,
+        attention: AbstractContextManager,
+        returns_cache: bool,
     ) -> torch.Tensor:
-        """Token ids [B, m] as plain generate() returns them; `cache` holds what its own would where it is returned."""
+        """Token ids [B, m] as plain generate() returns them; `cache` holds what its own would where it is returned.
+
+        `attention` is open while rounds run.
+        """
         self._check(model_kwargs)
         length = cache.get_seq_length()
         with self.watch.part("prefill"):
@@ -61,8 +72,18 @@ class BatchCall:
             )
         features = tap.take(outputs)
         check_prompt_length(self.target, cache, length + features.shape[1])
-        slots = self._slots(model_kwargs, cache)
-        batch = self._admit(model_kwargs, cache, slots, tap, features)
+        with attention:
+            slots = self._slots(model_kwargs, cache)
+            batch = self._admit(model_kwargs, cache, slots, tap, features)
+            self._rounds(batch, outputs, streamer)
+            if returns_cache:
+                self._give_back(batch, cache, slots)
+        if streamer is not None:
+            streamer.end()
+        return self._sequences(batch)
+
+    def _rounds(self, batch: RowBatch, outputs: Any, streamer) -> None:
+        """From the prefill's outputs until all rows ended."""
         logits = outputs.logits[:, -1:].to(self.input_ids.device, torch.float32, copy=True)
         in_step = self._in_step(batch, streamer)
         emit = batch.emit if in_step is None else in_step.emit
@@ -77,13 +98,8 @@ class BatchCall:
             elif self._end_rows(batch, emission):
                 break
             emission, logits, outputs = batch.round(self.watch, emit)
-        if returns_cache:
-            self._give_back(batch, cache, slots)
         if in_step is not None:
             self.extras = {name: tuple(entries) for name, entries in in_step.state.extras.items()}
-        if streamer is not None:
-            streamer.end()
-        return self._sequences(batch)
 
     def _end_rows(self, batch: RowBatch, emission: Emission) -> bool:
         """Whether no row is left; compiled rounds keep those that ended, for their shapes."""

@@ -50,7 +50,8 @@ def draft_block(
     block_ids = torch.cat([anchor_ids, masks], dim=1)
     hidden_states = (forward or draft)(features, block_ids, position_ids, cache, attention_mask)
     drop_last(cache, num_inputs)
-    hidden_states = hidden_states[:, config.first_slot : config.first_slot + num_tokens]
+    # Contiguous, or matmul copies lm_head's weight for each row of the batch.
+    hidden_states = hidden_states[:, config.first_slot : config.first_slot + num_tokens].contiguous()
     base_logits = draft.compute_logits(hidden_states)
     anchor_ids = anchor_ids.to(base_logits.device)
     sampler = TemperatureSampler() if sampler is None else sampler

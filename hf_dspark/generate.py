@@ -238,8 +238,9 @@ class _Call:
         tap = self._tap()
         call = (self.input_ids, self.terms, self.config, self.schedule, self.watch)
         batch = BatchCall(self.draft, self.target, *call, self.draft.compiled_rounds.get(self.target))
+        settings = {"attention": self._block_attention(model_kwargs), "returns_cache": returns_cache}
         with self.watch.part("total"), tap:
-            sequences = batch.run(model_kwargs, cache, tap, streamer, returns_cache=returns_cache)
+            sequences = batch.run(model_kwargs, cache, tap, streamer, **settings)
         stats = self._record(batch.records, sum(row.num_emitted for row in batch.rows))
         if not self.config.return_dict_in_generate:
             return sequences

@@ -8,6 +8,8 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from .packing import Packing
+
 GROWTH = 256  # slots; caches grow by at least so many
 PADDING = 2**62  # the slot of what is in no slot; as a float it is the same number
 
@@ -33,19 +35,27 @@ class SlotCache(Cache):
         self.windows, self.num_rows = windows, num_rows
         self.num_slots, self.is_static = num_slots, is_static
         self.first_row, self.stop = 0, 0
-        self.slots: torch.Tensor | None = None  # [R, T]  of the next forward's tokens
+        # Of the next forward's tokens [R, T]: their slots and, where they are packed into one row [1, T], their rows.
+        self.slots: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None
+        self.num_placed = 0  # rows
         super().__init__(layers=[SlotLayer(self) for _ in windows])
 
-    def place(self, slots: torch.Tensor, stop: int, *, first_row: int = 0) -> None:
+    def place(
+        self, slots: torch.Tensor, stop: int, *, first_row: int = 0, packing: Packing | None = None
+    ) -> None:
         """The next forward writes to `slots` [R, T] of rows from `first_row` on, and reads slots before `stop`.
 
-        Tokens whose slot is not below `stop` are written where nothing is read.
+        Tokens whose slot is not below `stop` are written where nothing is read. With `packing` they come packed.
         """
         stop = self.num_slots if self.is_static else stop
         if stop > self.num_slots:
             self.num_slots = max(stop, self.num_slots + max(GROWTH, self.num_slots // 2))
         self.first_row, self.stop = first_row, stop
         self.slots = torch.where(slots < stop, slots, self.num_slots)
+        self.num_placed, self.rows = len(slots), torch.arange(len(slots), device=slots.device).unsqueeze(-1)
+        if packing is not None:
+            self.slots, self.rows = packing.pack(self.slots), packing.pack(self.rows.expand_as(slots))
 
     def swap_rows(self, row: int, other: int) -> None:
         """Exchange two rows."""
@@ -73,18 +83,17 @@ class SlotLayer(CacheLayerMixin):
                 torch._dynamo.mark_static_address(states)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Write states [R, heads, T, head size] to their slots; all that the rows may see of theirs."""
+        """Write states [R or 1, heads, T, head size] to their slots; all that the rows may see of theirs."""
         place = self._placement
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif self.keys.shape[2] <= place.num_slots:
             self.keys, self.values = self._grown(self.keys), self._grown(self.values)
-        slots = place.slots.to(key_states.device)
-        rows = slice(place.first_row, place.first_row + len(slots))
-        keys, values = self.keys[rows], self.values[rows]
-        row = torch.arange(len(slots), device=slots.device).unsqueeze(-1)
-        keys[row, :, slots] = key_states.transpose(1, 2)
-        values[row, :, slots] = value_states.transpose(1, 2)
+        own = slice(place.first_row, place.first_row + place.num_placed)
+        keys, values = self.keys[own], self.values[own]
+        rows, slots = place.rows.to(key_states.device), place.slots.to(key_states.device)
+        keys[rows, :, slots] = key_states.transpose(1, 2)
+        values[rows, :, slots] = value_states.transpose(1, 2)
         return keys[:, :, : place.stop], values[:, :, : place.stop]
 
     def get_seq_length(self) -> int:

@@ -185,10 +185,11 @@ def test_sharded_run_ends_in_the_weights_of_one_process(config):
     script = str(Path(__file__).parent / "fsdp_training.py")
     for steps_left in (True, False):
         sharded = config("sharded", steps=4, optimizer="adamw")
-        command = [sys.executable, *TORCHRUN, script, json.dumps(asdict(sharded))]
-        environment = _environment() | {"ACCELERATE_USE_CPU": "true"}
+        # A process has been seen to abort in native code (FSDP over gloo, loaded machine): torchrun starts both again.
+        command = [sys.executable, *TORCHRUN, "--max-restarts", "2", script, json.dumps(asdict(sharded))]
+        environment = _environment() | {"ACCELERATE_USE_CPU": "true", "PYTHONFAULTHANDLER": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr
         weights = _weights(sharded.output)
         assert one.keys() == weights.keys()
         for name, weight in one.items():

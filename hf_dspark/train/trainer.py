@@ -61,6 +61,7 @@ def train(config: TrainConfig) -> Path:
         finished = DSparkDraftModel(draft.config).to(model.dtype)
         finished.load_state_dict({name.removeprefix("draft."): weight for name, weight in weights.items()})
         finished.save_pretrained(output)
+    accelerator.wait_for_everyone()  # a process that leaves while others still exchange tensors breaks theirs off
     accelerator.end_training()
     return output
 
