@@ -118,8 +118,10 @@ def _attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        hidden = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill_(~mask, hidden) if mask.dtype == torch.bool else scores + mask
+        if mask.dtype == torch.bool:  # the same for all heads, so that filling it is cheaper than filling scores
+            hidden = torch.finfo(scores.dtype).min
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, hidden)
+        scores = scores.add_(mask)
     if sinks is None:
         probs = scores.softmax(-1)
     else:

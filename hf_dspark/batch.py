@@ -160,6 +160,7 @@ class RowBatch:
         if packing is not None:
             features = packing.unpack(features)
         self.drafting.hand_over(self.rows, features, emission)
+        rooms = _rooms(self.rows, emission)
         self.columns.append(self.rows, emission)
         for place, (row, count) in enumerate(zip(self.rows, emission.counts, strict=True)):
             if row.ended:
@@ -169,8 +170,9 @@ class RowBatch:
             row.records.append(RoundRecord.of(block, *figures, row=row.index, row_of_block=place))
         verified = width * len(self.rows) if packing is None else sum(self._lengths)
         verified = None if block is None else verified
-        seconds = None if self.agreement.is_needed else watch.host_seconds() - start
-        self.schedule.observe(sum(emission.counts), verified, num_requests=len(self.rows), seconds=seconds)
+        measured = {"seconds": None if self.agreement.is_needed else watch.host_seconds() - start}
+        measured |= {"num_requests": len(self.rows), "rooms": rooms}
+        self.schedule.observe(sum(emission.counts), verified, **measured)
         return emission, logits, outputs
 
     def verify(
@@ -318,3 +320,13 @@ class RowBatch:
             return {"attention_mask": no_mask, "kv_lengths": slots[:, -1] + 1}
         dtype = self.target.dtype if implementation == "eager" else None
         return {"attention_mask": slot_masks(slots, self.cache.stop, self.cache.windows, dtype=dtype)}
+
+
+def _rooms(rows: list[Row], emission: Emission) -> tuple[list[int], list[int]]:
+    """How many tokens each row can still emit before and after `emission`, which ends some sooner than they must."""
+    before, after = [], []
+    for row, count, ends in zip(rows, emission.counts, emission.finished, strict=True):
+        goes_on = not (row.ended or ends)
+        before.append(row.room if goes_on else count * (not row.ended))
+        after.append(row.room - count if goes_on else 0)
+    return before, after

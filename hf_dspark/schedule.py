@@ -4,15 +4,13 @@ Whether token k is verified may depend on confidences up to c_k only, which read
 output's law changes (paper, Appendix A).
 """
 
-import json
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from math import isfinite, sqrt
-from statistics import median
+from dataclasses import dataclass, field
 
 import torch
+
+from .cost_table import CostTable
+from .draft_gate import DraftGate
 
 MODES = ("early-stop", "asynchronous")
 
@@ -21,7 +19,7 @@ class Schedule:
     """What the loop asks of a schedule besides calling it. Without a gate it drafts in every round."""
 
     __slots__ = ()
-    gate: "DraftGate | None" = None
+    gate: DraftGate | None = None
 
     def padded(self, confidence: torch.Tensor) -> torch.Tensor:
         """As a call, where shorter rows are padded to the longest."""
@@ -78,175 +76,6 @@ class ConfidenceThreshold(Schedule):
         """Verify lengths [B] for confidences [B, g]."""
         reached = (confidence >= self.threshold).long().cumprod(-1).sum(-1)
         return reached if self.num_tokens is None else reached.clamp_max(self.num_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class CostTable:
-    """What a forward of the target costs by the number of its tokens, and a block of the draft by that of requests.
-
-    Between samples the time of a step is interpolated, not its inverse; below the first sample it is the first one's,
-    above the last it goes on with the last slope, or stays where that falls. `costs.profile_costs` measures a table.
-    """
-
-    sample_batch_tokens: Sequence[int]
-    sample_steps_per_sec: Sequence[float]
-    max_batch_tokens: int  # no forward is filled with drafted tokens beyond it
-    sample_draft_requests: Sequence[int] = ()  # empty: drafting takes no time
-    sample_draft_seconds: Sequence[float] = ()
-
-    def __post_init__(self):
-        for count, value in (
-            ("sample_batch_tokens", "sample_steps_per_sec"),
-            ("sample_draft_requests", "sample_draft_seconds"),
-        ):
-            counts, values = tuple(getattr(self, count)), tuple(getattr(self, value))
-            _check_samples(count, counts, value, values)
-            object.__setattr__(self, count, counts)
-            object.__setattr__(self, value, values)
-        if not self.sample_batch_tokens:
-            raise ValueError("`sample_batch_tokens` is empty: a cost table needs one sample at least.")
-        if not _is_count(self.max_batch_tokens) or self.max_batch_tokens < self.sample_batch_tokens[-1]:
-            raise ValueError(
-                f"`max_batch_tokens` is the most tokens of a forward and must be a whole number not below the last of "
-                f"`sample_batch_tokens` ({self.sample_batch_tokens[-1]}), got {self.max_batch_tokens!r}."
-            )
-
-    def steps_per_second(self, batch_tokens: int) -> float:
-        """SPS(B): forwards of the target a second with `batch_tokens` tokens in each."""
-        return 1 / self.seconds(batch_tokens)
-
-    def seconds(self, batch_tokens: int) -> float:
-        """Time of a forward of the target over `batch_tokens` tokens."""
-        return _interpolate(self.sample_batch_tokens, [1 / s for s in self.sample_steps_per_sec], batch_tokens)
-
-    def draft_seconds(self, num_requests: int) -> float:
-        """Time of drafting a block for each of `num_requests` requests."""
-        if not self.sample_draft_requests:
-            return 0.0
-        return _interpolate(self.sample_draft_requests, self.sample_draft_seconds, num_requests)
-
-    def to_json(self) -> str:
-        """The fields under their own names; those of the draft only where it was measured."""
-        return json.dumps({name: value for name, value in asdict(self).items() if value != ()}, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> "CostTable":
-        """A table from `to_json` or from another engine; other keys are passed over. Raises ValueError."""
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"A cost table is a JSON object, and this is no JSON: {error}.") from None
-        required = ("sample_batch_tokens", "sample_steps_per_sec", "max_batch_tokens")
-        missing = [name for name in required if not isinstance(fields, dict) or name not in fields]
-        if missing:
-            raise ValueError(
-                f"A cost table is a JSON object with the keys {', '.join(required)}; here {', '.join(missing)} is "
-                "missing. `hf-dspark calibrate --cost --json FILE` writes one."
-            )
-        names = [name for name in cls.__dataclass_fields__ if name in fields]
-        for name in names:
-            if name != "max_batch_tokens" and not isinstance(fields[name], list):
-                raise ValueError(f"`{name}` of a cost table is a list of numbers, got {fields[name]!r}.")
-        return cls(**{name: fields[name] for name in names})
-
-
-class DraftGate:
-    """Decides before each round whether drafting pays, from what rounds cost and emitted: off, and back on.
-
-    The unit is the time p of a plain round, one without drafting, and c is the time of a drafting one over p. Drafting
-    goes on until it has lost more than `patience` against plain decoding of the same tokens; gains count against
-    losses, the last `savings` of them; both over the root of the number of requests. Then follow `first_interval`
-    plain rounds and another try, and after each try that fails twice as many, up to `max_interval`; one that gains
-    `patience` brings the first interval back.
-
-    Never slower than plain by more than the tries cost: each loses at most patience + c - 1, for a round emits a token
-    a request in any case. On N tokens a request of a text on which drafting always loses there are at most
-    1 + log2(max_interval / first_interval) + N / max_interval tries, on any text 1 + N / first_interval. Where
-    drafting pays again, it is tried within `max_interval` rounds.
-
-    Times are the table's unless `observe` is given measured ones. Then a plain round is put in now and then, at
-    most every 64th, to know what plain decoding takes now.
-    """
-
-    def __init__(
-        self,
-        cost_table: CostTable,
-        *,
-        patience: float = 1.0,
-        savings: float = 8.0,
-        first_interval: int = 32,
-        max_interval: int = 256,
-    ):
-        if not (patience > 0 and savings >= 0 and 1 <= first_interval <= max_interval):
-            raise ValueError(
-                "A gate needs `patience` above 0, `savings` of at least 0 and 1 <= `first_interval` <= "
-                f"`max_interval`, got {patience}, {savings}, {first_interval} and {max_interval}."
-            )
-        self.cost_table = cost_table
-        self.patience, self.savings = patience, savings
-        self.first_interval, self.max_interval = first_interval, max_interval
-        self._lost = 0.0  # plain rounds' time lost since drafting began; below 0: gained
-        self._interval = first_interval  # plain rounds after the next try that fails
-        self._waited, self._to_wait = 0, 0  # plain rounds since the last try failed; until the next try
-        # Measured times over the table's (load, context, what a round costs besides) of the last rounds of each kind:
-        # their median, so that one that was disturbed does not count.
-        self._draft_factors: deque[float] = deque(maxlen=5)
-        self._plain_factors: deque[float] = deque(maxlen=5)
-        self._rounds_to_measure, self._measuring_gap = 4, 4  # drafting rounds before a plain one is measured
-
-    def should_draft(self) -> bool:
-        """Whether the next round drafts; asking changes nothing."""
-        return self._to_wait == 0 and self._rounds_to_measure > 0
-
-    def observe(
-        self, num_emitted: int, num_verified: int | None, *, num_requests: int = 1, seconds: float | None = None
-    ) -> None:
-        """Learn from a round.
-
-        Args:
-            num_emitted: tokens the round added, over all requests.
-            num_verified: tokens in the target's forward besides one a request; None where nothing was drafted.
-            num_requests: requests in the round.
-            seconds: of the whole round, measured; None: the table's times.
-        """
-        plain_seconds = self.cost_table.seconds(num_requests)
-        if num_verified is None:
-            if seconds is not None:
-                self._plain_factors.append(seconds / plain_seconds)
-            self._after_plain_round()
-            return
-        draft_seconds = self.cost_table.draft_seconds(num_requests)
-        draft_seconds += self.cost_table.seconds(num_requests + num_verified)
-        if seconds is not None:
-            self._draft_factors.append(seconds / draft_seconds)
-            self._rounds_to_measure -= 1
-        # Before both kinds were measured, the table is trusted about their ratio.
-        if self._draft_factors and self._plain_factors:
-            draft_seconds *= median(self._draft_factors)
-            plain_seconds *= median(self._plain_factors)
-        self._after_drafting_round(draft_seconds / plain_seconds - num_emitted / num_requests, num_requests)
-
-    def reset(self) -> None:
-        """Another text comes: a try is due, unless the last one failed less than `first_interval` rounds ago."""
-        self._to_wait = min(self._to_wait, max(0, self.first_interval - self._waited))
-
-    def _after_plain_round(self) -> None:
-        if self._rounds_to_measure <= 0:
-            self._measuring_gap = min(2 * self._measuring_gap, 64)
-        self._rounds_to_measure = self._measuring_gap
-        if self._to_wait > 0:
-            self._waited += 1
-            self._to_wait -= 1
-
-    def _after_drafting_round(self, loss: float, num_requests: int) -> None:
-        # The mean over R requests varies less from round to round, as one over the root of R.
-        patience, savings = (limit / sqrt(num_requests) for limit in (self.patience, self.savings))
-        self._lost = max(self._lost + loss, -savings)
-        if self._lost <= -patience:
-            self._interval = self.first_interval
-        if self._lost > patience:
-            self._lost, self._waited, self._to_wait = 0.0, 0, self._interval
-            self._interval = min(2 * self._interval, self.max_interval)
 
 
 @dataclass(slots=True, eq=False)
@@ -363,36 +192,6 @@ def _admission_order(
     gains, order = survival.t().reshape(-1).sort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return rank.view(length, num_requests).t(), gains
-
-
-def _interpolate(points: Sequence[int], values: Sequence[float], at: int) -> float:
-    """Linear between points, the first value below them, the last slope above them unless it falls."""
-    if at <= points[0] or len(points) == 1:
-        return values[0]
-    right = min(bisect_left(points, at), len(points) - 1)
-    slope = (values[right] - values[right - 1]) / (points[right] - points[right - 1])
-    if at > points[-1]:
-        return values[-1] + max(slope, 0.0) * (at - points[-1])
-    return values[right] - slope * (points[right] - at)
-
-
-def _check_samples(count_name: str, counts: Sequence[int], value_name: str, values: Sequence[float]) -> None:
-    if len(counts) != len(values):
-        raise ValueError(
-            f"`{count_name}` and `{value_name}` of a cost table belong together, one to one, got {len(counts)} and "
-            f"{len(values)} of them."
-        )
-    if not all(map(_is_count, counts)) or any(a >= b for a, b in zip(counts, counts[1:], strict=False)):
-        raise ValueError(
-            f"`{count_name}` of a cost table must be whole numbers of at least 1, each larger than the one before it, "
-            f"got {list(counts)}."
-        )
-    if not all(isinstance(value, (int, float)) and isfinite(value) and value > 0 for value in values):
-        raise ValueError(f"`{value_name}` of a cost table must be finite numbers above 0, got {list(values)}.")
-
-
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_num_tokens(num_tokens: int | None) -> None:

@@ -57,7 +57,7 @@ def test_rows_hold_what_was_written_last_through_swaps_and_growth():
         for i, t in ((i, t) for i in range(num_rows) for t in range(num_tokens) if slots[i, t] < stop):
             held[first + i][int(slots[i, t])] = keys[i, :, t], values[i, :, t]
         for layer, (got_keys, got_values) in enumerate(seen):
-            assert got_keys.shape == got_values.shape == (num_rows, HEADS, stop, SIZE)
+            assert got_keys.shape == got_values.shape == (num_rows, HEADS, cache.stop, SIZE)
             for i in range(num_rows):
                 for slot, (key, value) in held[first + i].items():
                     assert torch.equal(got_keys[i, :, slot], key * (layer + 1))
@@ -70,7 +70,7 @@ def test_tokens_without_a_slot_are_written_where_nothing_is_read():
     cache = SlotCache([None], 2, 4)
     cache.place(torch.tensor([[0, PADDING], [5, 1]]), 3)
     keys, _ = cache.update(torch.ones(2, 1, 2, 1), torch.ones(2, 1, 2, 1), 0)
-    assert keys[..., 0].squeeze(1).tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert keys[..., 0].squeeze(1).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
     cache.place(torch.tensor([[1], [2]]), 300)
     keys, _ = cache.update(torch.full((2, 1, 1, 1), 2.0), torch.ones(2, 1, 1, 1), 0)
     assert keys[..., 0].squeeze(1)[:, :3].tolist() == [[1, 2, 0], [0, 1, 2]]
