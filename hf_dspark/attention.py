@@ -45,13 +45,6 @@ def block_attention(
         note("block_attention", f"not flash: {reason}")
     note("block_attention", "packed queries")
     settings = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    if lengths is not None and query.device.type == "cpu" and not torch.compiler.is_compiling():
-        settings |= {"is_causal": is_causal, "window": window}
-        rows = [  # each with its own keys alone; reading the lengths waits for nothing here
-            block_attention.__wrapped__(query[[b]], key[b : b + 1, :, :n], value[b : b + 1, :, :n], **settings)
-            for b, n in enumerate(lengths.tolist())
-        ]
-        return torch.cat(rows)
     if lengths is not None:
         is_own = (torch.arange(key.shape[2], device=key.device) < lengths.view(-1, 1))[:, None, :, None]
         key, value = (states.masked_fill(~is_own, 0) for states in (key, value))  # zero times NaN is not zero

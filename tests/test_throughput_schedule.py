@@ -427,6 +427,39 @@ def test_load_that_slows_all_rounds_alike_changes_nothing():
     assert fast == slow
 
 
+@pytest.mark.parametrize("is_refilled", [True, False])
+def test_requests_that_wait_for_each_other_gain_what_the_last_of_them_gains(is_refilled):
+    """Two requests, of which one gets three tokens a round and the other one: two on the mean, at 1.5 rounds' cost."""
+    gate, rooms, drafting = DraftGate(CostTable([2, 16], [1.0, 1 / 1.3], 16, [2], [0.2])), [100, 100], 0
+    while min(rooms):
+        is_drafting = gate.should_draft()
+        counts = [min(n, room) for n, room in zip((3, 1) if is_drafting else (1, 1), rooms, strict=True)]
+        left = [room - n for room, n in zip(rooms, counts, strict=True)]
+        measured = {"num_requests": 2, "rooms": None if is_refilled else (rooms, left)}
+        gate.observe(sum(counts), 14 if is_drafting else None, **measured)
+        drafting, rooms = drafting + is_drafting, left
+    assert drafting == 34 if is_refilled else 2 <= drafting < 12
+
+
+def test_plain_time_is_that_of_rounds_whose_requests_leave_when_they_are_full():
+    gate = DraftGate(CostTable([1, 2, 3], [1.0, 0.5, 0.25], 3))
+    assert gate._plain_seconds([2, 7, 0, 3]) == pytest.approx(2 * 4.0 + 1 * 2.0 + 4 * 1.0)
+    assert gate._plain_seconds([0, 0]) == 0
+
+
+def test_after_two_failed_texts_the_next_ones_wait_until_a_try_gains():
+    gate = DraftGate(_gate_table(1.5))
+    tries = []
+    for text in range(40):
+        gate.reset()
+        tries.append(bool(_run(gate, lambda _: 1 if text < 20 else 4, 64, cost=1.5)[2]))
+    assert tries[:2] == [True, True]
+    assert 2 <= sum(tries[2:20]) <= 18 * 64 // 256 + 2
+    first = tries.index(True, 20)
+    assert first <= 24
+    assert all(tries[first:])
+
+
 def test_a_disturbed_round_does_not_shut_the_gate():
     rng = random.Random(1)
     gate = DraftGate(_gate_table(1.4))
