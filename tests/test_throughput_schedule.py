@@ -452,7 +452,8 @@ def test_after_two_failed_texts_the_next_ones_wait_until_a_try_gains():
     tries = []
     for text in range(40):
         gate.reset()
-        tries.append(bool(_run(gate, lambda _: 1 if text < 20 else 4, 64, cost=1.5)[2]))
+        emitted = 1 if text < 20 else 4
+        tries.append(bool(_run(gate, lambda _, emitted=emitted: emitted, 64, cost=1.5)[2]))
     assert tries[:2] == [True, True]
     assert 2 <= sum(tries[2:20]) <= 18 * 64 // 256 + 2
     first = tries.index(True, 20)
