@@ -21,7 +21,7 @@ from .features import FeatureTap
 from .rows import Columns, Emission, Emit, Row, groups_of, pad_ended, rows_of
 from .sampling import Prefixes
 from .schedule import Schedule
-from .slots import SlotCache, move_into_slots, slot_masks, windows_of
+from .slots import READ_SLOT_MASKS, SlotCache, move_into_slots, slot_masks, windows_of
 from .state import Choice, DecodeState, DraftBlock, RoundRecord
 from .terms import Verdicts
 
@@ -278,5 +278,7 @@ class RowBatch:
             # Any mask of four axes keeps the model from making one of its own.
             no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=slots.device)
             return {"attention_mask": no_mask, "kv_lengths": slots[:, -1] + 1}
+        if implementation not in READ_SLOT_MASKS:  # the model makes of padding what they read
+            return {"attention_mask": self.cache.pad_rows(slots[:, -1] + 1)}
         dtype = self.target.dtype if implementation == "eager" else None
         return {"attention_mask": slot_masks(slots, self.cache.stop, self.cache.windows, dtype=dtype)}

@@ -24,7 +24,7 @@ from .compat import CACHE
 from .compiled import CompiledRound
 from .dispatch import load_kernels, report
 from .features import FeatureTap
-from .limits import check_batch, check_prompt_length, check_request
+from .limits import check_compiled, check_prompt_length, check_request
 from .rollback import MAX_PENDING, Rewinder, recording_past, why_not_reversible
 from .schedule import ConfidenceThreshold, FixedLength, schedule_from
 from .state import Decision, DecodeState, DraftBlock, DraftContext, GenerationStats, RoundRecord, Verification
@@ -91,7 +91,7 @@ class SpeculativeDecoding:
         of slots (eight between powers of two, and 256 at least), or it has another number of rows.
         """
         self.bind_target(target)
-        check_batch(target, self)
+        check_compiled(target, self)
         self.compiled_rounds[target] = CompiledRound(target, self, **options)
 
 

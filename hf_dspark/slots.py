@@ -2,6 +2,7 @@
 
 In a slot cache the n-th token of a sequence lies in slot n of its row, whatever the other rows do. A rejected token's
 slot is overwritten in the next round, so that rolling back costs nothing; masks hide slots behind a row's length.
+Attention that reads no such masks gets rows with padding in front, as in a batch of prompts (`SlotCache.pad_rows`).
 """
 
 import torch
@@ -10,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 GROWTH = 256  # slots; caches grow by at least so many
 PADDING = 2**62  # the slot of what is in no slot; as a float it is the same number
+READ_SLOT_MASKS = {"eager", "sdpa", "dspark"}  # attention that takes `slot_masks`
 
 
 def window_cache(window: int, num_layers: int) -> Cache:
@@ -34,6 +36,7 @@ class SlotCache(Cache):
         self.num_slots, self.is_static = num_slots, is_static
         self.first_row, self.stop = 0, 0
         self.slots: torch.Tensor | None = None  # [R, T]  of the next forward's tokens
+        self.columns: torch.Tensor | None = None  # [R, C]  slots in the order they are read; None: slots before `stop`
         super().__init__(layers=[SlotLayer(self) for _ in windows])
 
     def place(self, slots: torch.Tensor, stop: int, *, first_row: int = 0) -> None:
@@ -44,8 +47,25 @@ class SlotCache(Cache):
         stop = self.num_slots if self.is_static else stop
         if stop > self.num_slots:
             self.num_slots = max(stop, self.num_slots + max(GROWTH, self.num_slots // 2))
-        self.first_row, self.stop = first_row, stop
+        self.first_row, self.stop, self.columns = first_row, stop, None
         self.slots = torch.where(slots < stop, slots, self.num_slots)
+
+    def pad_rows(self, lengths: torch.Tensor) -> torch.Tensor:
+        """The next forward, already placed, reads rows of `lengths` [R] tokens with padding in front of them.
+
+        Returns its mask [R, C], 0 where padded. Every row ends in the last column, so windows count right and flash
+        attention unpads them. All rows have padding: without any, positions of a single row that repeat (behind its
+        last) would count as sequences packed together. Each layer copies the keys and values that it reads, which
+        flash attention's unpadding does, too.
+        """
+        columns = torch.arange(-1, self.stop, device=lengths.device) - (self.stop - lengths).unsqueeze(-1)
+        self.columns = columns.clamp_min(0)
+        return (columns >= 0).long()
+
+    @property
+    def num_columns(self) -> int:
+        """Keys of a row in the next forward."""
+        return self.stop if self.columns is None else self.columns.shape[1]
 
     def swap_rows(self, row: int, other: int) -> None:
         """Exchange two rows."""
@@ -85,13 +105,16 @@ class SlotLayer(CacheLayerMixin):
         row = torch.arange(len(slots), device=slots.device).unsqueeze(-1)
         keys[row, :, slots] = key_states.transpose(1, 2)
         values[row, :, slots] = value_states.transpose(1, 2)
+        if place.columns is not None:
+            columns = place.columns.to(row.device)
+            return keys[row, :, columns].transpose(1, 2), values[row, :, columns].transpose(1, 2)
         return keys[:, :, : place.stop], values[:, :, : place.stop]
 
     def get_seq_length(self) -> int:
-        return self._placement.stop
+        return self._placement.num_columns - self._placement.slots.shape[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._placement.stop, 0
+        return self._placement.num_columns, 0
 
     def get_max_length(self) -> int:
         return -1
