@@ -105,8 +105,11 @@ class RowBatch:
         cache, self.drafting.cache = self.compiled.caches(windows, self.draft.config.num_hidden_layers, *sizes)
         return cache
 
-    def drop(self, finished: list[Row]) -> None:
-        """Move ended rows behind the others; they stay as they are until another row takes their place."""
+    def drop(self, finished: list[Row], *, keep: bool = False) -> None:
+        """Move ended rows behind the others; they stay as they are until another row takes their place.
+
+        With `keep` they may be taken back, and the draft's context with them.
+        """
         if not finished:
             return
         order = list(range(len(self.rows)))
@@ -122,10 +125,10 @@ class RowBatch:
         self._calls = {call: rows for call, rows in self._calls.items() if call in going_on}
         index = torch.tensor(order, device=self.columns.ids.device)
         self.columns.reorder(index)
-        self.drafting.reorder(index, len(self.rows), finished)
+        self.drafting.reorder(index, len(self.rows), finished, keep=keep)
 
     def take_back(self, rows: list[Row]) -> None:
-        """Count dropped rows again, all that ever came in."""
+        """Count dropped rows again, all that ever came in; they were dropped with `keep`."""
         self.rows = sorted(rows, key=lambda row: row.place)
 
     # a round

@@ -74,7 +74,7 @@ class BatchCall:
                 in_step.collect(emission, logits, outputs)
                 if in_step.is_over:
                     break
-            elif self._end_rows(batch, emission):
+            elif self._end_rows(batch, emission, keep=returns_cache):
                 break
             emission, logits, outputs = batch.round(self.watch, emit)
         if returns_cache:
@@ -85,13 +85,13 @@ class BatchCall:
             streamer.end()
         return self._sequences(batch)
 
-    def _end_rows(self, batch: RowBatch, emission: Emission) -> bool:
+    def _end_rows(self, batch: RowBatch, emission: Emission, *, keep: bool) -> bool:
         """Whether no row is left; compiled rounds keep those that ended, for their shapes."""
         ended = [row for row, ends in zip(batch.rows, emission.finished, strict=True) if ends]
         for row in ended:
             row.ended = True
         if self.compiled is None:
-            batch.drop(ended)
+            batch.drop(ended, keep=keep)
         return all(row.ended for row in batch.rows)
 
     def _admit(self, model_kwargs, cache: Cache, slots: torch.Tensor, tap: FeatureTap, features) -> RowBatch:
@@ -117,7 +117,8 @@ class BatchCall:
             return
         num_known = context.cache.get_seq_length() + sum(part.shape[1] for part in context.features)
         if len(slots) == 1:  # of a single sequence it never reads the padding
-            slots = slots[:, slots[0] < PADDING][:, -num_known:]
+            slots = slots[:, slots[0] < PADDING]
+        slots = slots[:, -num_known:]
         if slots.shape[1] == num_known and len(context.cache.layers[0].keys) == len(slots):
             batch.drafting.take_over(context, slots)
 
@@ -165,17 +166,15 @@ class BatchCall:
         """Fill the call's cache with all columns but the last; padding behind ended rows holds zeros."""
         batch.take_back(self.rows)
         # The last token of each row, which no forward has read yet; a shape that compiled rounds do not have.
-        batch.verify(self.input_ids[:, :0], self.target)
-        batch.tap.discard()
+        _, outputs = batch.verify(self.input_ids[:, :0], self.target)
+        features = batch.tap.take(outputs)
         length = max(row.length for row in self.rows) - 1
         new = torch.arange(length - slots.shape[1], device=slots.device) + slots[:, -1:] + 1
         counts = torch.tensor([row.num_slots for row in self.rows], device=slots.device).unsqueeze(-1)
         columns = torch.cat([slots, torch.where(new < counts, new, PADDING)], dim=1)
         places = torch.tensor([row.place for row in self.rows], device=slots.device)
         move_out_of_slots(batch.cache, columns, cache, places)
-        context = batch.drafting.hand_back(batch.rows, columns)
-        if context is not None:
-            self.draft.contexts[cache] = context
+        self.draft.contexts[cache] = batch.drafting.hand_back(batch.rows, features, columns, places)
 
 
 class _InStep:

@@ -20,7 +20,7 @@ from .agreement import Agreement
 from .attention_interface import block_attention_on
 from .batch_call import BatchCall
 from .candidate_generator import DSparkCandidateGenerator, context_of, in_transformers_loop
-from .compat import CACHE
+from .compat import CACHE, is_users_cache
 from .compiled import CompiledRound
 from .dispatch import load_kernels, report
 from .features import FeatureTap
@@ -232,7 +232,8 @@ class _Call:
 
     def _run_batch(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
         """The same for several rows."""
-        returns_cache = model_kwargs.get("use_cache") is not False and self.config.return_dict_in_generate
+        is_asked_for = self.config.return_dict_in_generate or is_users_cache(model_kwargs.get(CACHE))
+        returns_cache = model_kwargs.get("use_cache") is not False and is_asked_for
         self._check_cache(model_kwargs.get(CACHE), before_prefill=True)
         cache = _ensure_cache(self.target, model_kwargs)
         tap = self._tap()

@@ -65,8 +65,8 @@ def check_compiled(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     implementation = _attention_of(target)
     if implementation not in READ_SLOT_MASKS:
         raise ValueError(
-            f'Compiled rounds are not supported with `attn_implementation="{implementation}"`, whose shapes follow the '
-            'lengths of rows. Load the target with "sdpa", or generate without `compile_round`.'
+            f'Compiled rounds are not supported with `attn_implementation="{implementation}"`, whose shapes follow '
+            'the lengths of rows. Load the target with "sdpa", or generate without `compile_round`.'
         )
 
 

@@ -1,4 +1,4 @@
-"""The functions of the package flash-attn, which needs a GPU, by their definitions: for transformers' path to them."""
+"""flash-attn by its definitions: the package needs a GPU, and transformers' path to it does not."""
 
 import sys
 from types import ModuleType
@@ -8,7 +8,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 
 
 class FlashAttention:
-    """What transformers imports from flash-attn; `calls` has the queries and keys of each call's sequences, counted."""
+    """What transformers imports from flash-attn; `calls` counts queries and keys of each call's sequences."""
 
     def __init__(self):
         self.calls: list[list[tuple[int, int]]] = []
