@@ -163,7 +163,10 @@ class BatchCall:
         return sequences.to(self.input_ids.device)
 
     def _give_back(self, batch: RowBatch, cache: Cache, slots: torch.Tensor) -> None:
-        """Fill the call's cache with all columns but the last; padding behind ended rows holds zeros."""
+        """Fill the call's cache with all columns but the last, and keep the draft's context for the next turn.
+
+        Padding behind ended rows holds zeros, plain generate()'s the states of its padding tokens; masks hide both.
+        """
         batch.take_back(self.rows)
         # The last token of each row, which no forward has read yet; a shape that compiled rounds do not have.
         _, outputs = batch.verify(self.input_ids[:, :0], self.target)

@@ -119,14 +119,14 @@ def test_second_turn_on_the_cache_equals_plain(attention):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("lengths", [LENGTHS, (9,)], ids=["rows", "one row"])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("backbone", ["qwen3", "gemma4"])
 @pytest.mark.parametrize("attention", ["eager", FLASH])
-def test_draft_of_any_attention_drafts_the_same_blocks(attention, backbone):
-    rows = make_rows()
-    fields = {"backbone_type": backbone}
-    outputs = []
+def test_draft_of_any_attention_drafts_the_same_blocks(attention, backbone, causal, lengths):
+    rows, outputs = make_rows(lengths=lengths), []
     for implementation in ("sdpa", attention):
-        draft = make_tiny_draft(rows.target, seed=2, **fields)
+        draft = make_tiny_draft(rows.target, seed=2, backbone_type=backbone, causal=causal)
         draft.config._attn_implementation = implementation
         outputs.append(rows.speculate(draft))
     for ours, theirs in zip(outputs[1].rounds, outputs[0].rounds, strict=True):
