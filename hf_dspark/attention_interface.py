@@ -5,7 +5,7 @@ The loop switches them over for the length of a call (`block_attention_on`); a u
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -85,6 +85,16 @@ def _attend(
         sinks=s_aux,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def draft_attention(implementation: str, attention_mask: torch.Tensor | None, eager: Callable) -> Callable:
+    """What a draft's layer attends by: the user's `implementation`, where it reads masks as drafts have them.
+
+    A draft's mask [B, 1, g, keys] is True where seen; eager would add it to the scores, flash attention takes none.
+    """
+    if attention_mask is not None and implementation not in ("sdpa", NAME):
+        return dspark_attention
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 
 def _is_block(query: torch.Tensor, key: torch.Tensor) -> bool:

@@ -7,7 +7,6 @@ output has a scalar. Drafts have full-attention layers only.
 import torch
 from transformers import Cache, Gemma4TextConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4RMSNorm,
     Gemma4TextAttention,
@@ -17,6 +16,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
     eager_attention_forward,
 )
 
+from .attention_interface import draft_attention
 from .configuration_dspark import DSparkConfig
 
 _FULL = "full_attention"
@@ -54,7 +54,7 @@ class DraftAttention(Gemma4TextAttention):
     def __init__(self, config: DSparkConfig, layer_idx: int):
         super().__init__(_theirs(config), layer_idx)
         self.is_causal = False
-        self.draft_config = config
+        self.config = config  # which knows the attention that is asked for
 
     def forward(
         self,
@@ -75,8 +75,7 @@ class DraftAttention(Gemma4TextAttention):
         value = self.v_norm(value).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        implementation = self.draft_config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attend = draft_attention(self.config._attn_implementation, attention_mask, eager_attention_forward)
         output, _ = attend(
             self, query.transpose(1, 2), key, value, attention_mask, dropout=0.0, scaling=self.scaling, is_causal=False
         )

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3MLP,
@@ -14,7 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
 )
 
-from .attention_interface import dspark_attention
+from .attention_interface import draft_attention, dspark_attention
 from .configuration_dspark import DSparkConfig
 
 
@@ -54,7 +53,7 @@ class DraftAttention(Qwen3Attention):
         if self.config.attention_sinks:  # which most others leave out
             attend, settings["s_aux"] = dspark_attention, self.sinks
         else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            attend = draft_attention(self.config._attn_implementation, attention_mask, eager_attention_forward)
         output, _ = attend(self, query, key, value, attention_mask, **settings)
         return self.o_proj(output.reshape(batch_size, block_size, -1))
 

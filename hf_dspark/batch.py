@@ -22,7 +22,7 @@ from .packing import Packing
 from .rows import Columns, Emission, Emit, Row, groups_of, pad_ended, rows_of
 from .sampling import Prefixes
 from .schedule import Schedule
-from .slots import SlotCache, move_into_slots, slot_masks, windows_of
+from .slots import READ_SLOT_MASKS, SlotCache, move_into_slots, slot_masks, windows_of
 from .state import Choice, DecodeState, DraftBlock, RoundRecord
 from .terms import Verdicts
 
@@ -108,8 +108,11 @@ class RowBatch:
         cache, self.drafting.cache = self.compiled.caches(windows, self.draft.config.num_hidden_layers, *sizes)
         return cache
 
-    def drop(self, finished: list[Row]) -> None:
-        """Move ended rows behind the others; they stay as they are until another row takes their place."""
+    def drop(self, finished: list[Row], *, keep: bool = False) -> None:
+        """Move ended rows behind the others; they stay as they are until another row takes their place.
+
+        With `keep` they may be taken back, and the draft's context with them.
+        """
         if not finished:
             return
         order = list(range(len(self.rows)))
@@ -125,10 +128,10 @@ class RowBatch:
         self._calls = {call: rows for call, rows in self._calls.items() if call in going_on}
         index = torch.tensor(order, device=self.columns.ids.device)
         self.columns.reorder(index)
-        self.drafting.reorder(index, len(self.rows), finished)
+        self.drafting.reorder(index, len(self.rows), finished, keep=keep)
 
     def take_back(self, rows: list[Row]) -> None:
-        """Count dropped rows again, all that ever came in."""
+        """Count dropped rows again, all that ever came in; they were dropped with `keep`."""
         self.rows = sorted(rows, key=lambda row: row.place)
 
     # a round
@@ -318,6 +321,8 @@ class RowBatch:
             # Any mask of four axes keeps the model from making one of its own.
             no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=slots.device)
             return {"attention_mask": no_mask, "kv_lengths": slots[:, -1] + 1}
+        if implementation not in READ_SLOT_MASKS:  # the model makes of padding what they read
+            return {"attention_mask": self.cache.pad_rows(slots[:, -1] + 1)}
         dtype = self.target.dtype if implementation == "eager" else None
         return {"attention_mask": slot_masks(slots, self.cache.stop, self.cache.windows, dtype=dtype)}
 

@@ -75,15 +75,15 @@ class BatchCall:
         with attention:
             slots = self._slots(model_kwargs, cache)
             batch = self._admit(model_kwargs, cache, slots, tap, features)
-            self._rounds(batch, outputs, streamer)
+            self._rounds(batch, outputs, streamer, keep=returns_cache)
             if returns_cache:
                 self._give_back(batch, cache, slots)
         if streamer is not None:
             streamer.end()
         return self._sequences(batch)
 
-    def _rounds(self, batch: RowBatch, outputs: Any, streamer) -> None:
-        """From the prefill's outputs until all rows ended."""
+    def _rounds(self, batch: RowBatch, outputs: Any, streamer, *, keep: bool) -> None:
+        """From the prefill's outputs until all rows ended; with `keep` they may be taken back."""
         logits = outputs.logits[:, -1:].to(self.input_ids.device, torch.float32, copy=True)
         in_step = self._in_step(batch, streamer)
         emit = batch.emit if in_step is None else in_step.emit
@@ -95,19 +95,19 @@ class BatchCall:
                 in_step.collect(emission, logits, outputs)
                 if in_step.is_over:
                     break
-            elif self._end_rows(batch, emission):
+            elif self._end_rows(batch, emission, keep=keep):
                 break
             emission, logits, outputs = batch.round(self.watch, emit)
         if in_step is not None:
             self.extras = {name: tuple(entries) for name, entries in in_step.state.extras.items()}
 
-    def _end_rows(self, batch: RowBatch, emission: Emission) -> bool:
+    def _end_rows(self, batch: RowBatch, emission: Emission, *, keep: bool) -> bool:
         """Whether no row is left; compiled rounds keep those that ended, for their shapes."""
         ended = [row for row, ends in zip(batch.rows, emission.finished, strict=True) if ends]
         for row in ended:
             row.ended = True
         if self.compiled is None:
-            batch.drop(ended)
+            batch.drop(ended, keep=keep)
         return all(row.ended for row in batch.rows)
 
     def _admit(self, model_kwargs, cache: Cache, slots: torch.Tensor, tap: FeatureTap, features) -> RowBatch:
@@ -133,7 +133,8 @@ class BatchCall:
             return
         num_known = context.cache.get_seq_length() + sum(part.shape[1] for part in context.features)
         if len(slots) == 1:  # of a single sequence it never reads the padding
-            slots = slots[:, slots[0] < PADDING][:, -num_known:]
+            slots = slots[:, slots[0] < PADDING]
+        slots = slots[:, -num_known:]
         if slots.shape[1] == num_known and len(context.cache.layers[0].keys) == len(slots):
             batch.drafting.take_over(context, slots)
 
@@ -178,20 +179,21 @@ class BatchCall:
         return sequences.to(self.input_ids.device)
 
     def _give_back(self, batch: RowBatch, cache: Cache, slots: torch.Tensor) -> None:
-        """Fill the call's cache with all columns but the last; padding behind ended rows holds zeros."""
+        """Fill the call's cache with all columns but the last, and keep the draft's context for the next turn.
+
+        Padding behind ended rows holds zeros, plain generate()'s the states of its padding tokens; masks hide both.
+        """
         batch.take_back(self.rows)
         # The last token of each row, which no forward has read yet; a shape that compiled rounds do not have.
-        batch.verify(self.input_ids[:, :0], self.target)
-        batch.tap.discard()
+        _, outputs = batch.verify(self.input_ids[:, :0], self.target)
+        features = batch.tap.take(outputs)
         length = max(row.length for row in self.rows) - 1
         new = torch.arange(length - slots.shape[1], device=slots.device) + slots[:, -1:] + 1
         counts = torch.tensor([row.num_slots for row in self.rows], device=slots.device).unsqueeze(-1)
         columns = torch.cat([slots, torch.where(new < counts, new, PADDING)], dim=1)
         places = torch.tensor([row.place for row in self.rows], device=slots.device)
         move_out_of_slots(batch.cache, columns, cache, places)
-        context = batch.drafting.hand_back(batch.rows, columns)
-        if context is not None:
-            self.draft.contexts[cache] = context
+        self.draft.contexts[cache] = batch.drafting.hand_back(batch.rows, features, columns, places)
 
 
 class _InStep:

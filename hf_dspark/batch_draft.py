@@ -44,6 +44,7 @@ class BatchDraft:
         # Features [R, w, m*H] that the draft has not read, and their slots [R, w].
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.fresh: list[tuple[Row, torch.Tensor, torch.Tensor]] = []  # the same of rows that came in behind others
+        self.set_aside: list[tuple[Row, torch.Tensor, torch.Tensor]] = []  # and of ended rows that may be asked for
         self._laws: dict[int, list[Distribution | None]] = {}  # of the last block's tokens, by call
 
     def admit(self, rows: list[Row], features: torch.Tensor, slots: torch.Tensor) -> None:
@@ -68,19 +69,33 @@ class BatchDraft:
             self.pending.insert(0, (torch.cat(context.features, dim=1), slots[:, num_read:]))
         self.starts[: len(slots)] = slots.min(-1).values
 
-    def hand_back(self, rows: list[Row], slots: torch.Tensor) -> DraftContext | None:
-        """What the draft read, for a later call, of all `rows` with `slots` [R, C]; None where rows were dropped."""
-        if any(len(features) < len(rows) for features, _ in self.pending):
-            return None
-        self._draft(*self._take_pending(), rows, num_tokens=1)
+    def hand_back(
+        self, rows: list[Row], anchor_features: torch.Tensor, slots: torch.Tensor, places: torch.Tensor
+    ) -> DraftContext:
+        """What the draft read of the tokens in `slots` [R, C] of the rows in `places` [R], for a later call.
+
+        `rows` are the same by place, dropped ones among them, with features [R, 1, m*H] of their last tokens.
+        """
+        aside = sorted(self.set_aside, key=lambda part: part[0].place)
+        features, pending_slots = _side_by_side([self._take_pending(), *(part[1:] for part in aside)])
+        anchor_slots = self.columns.anchor_slots(rows).unsqueeze(-1)
+        self._read(torch.cat([features, anchor_features], 1), torch.cat([pending_slots, anchor_slots], 1), rows)
         context = DraftContext(DynamicCache(), target_length=slots.shape[1])
-        places = torch.arange(len(rows), device=slots.device)
-        move_out_of_slots(self.cache, slots, context.cache, places)
-        context.last_position = slots[:, -1:] + self.columns.shifts[: len(rows), None]
+        is_first = slots == self.starts[places].unsqueeze(-1)
+        move_out_of_slots(self.cache, slots[:, is_first.int().argmax(-1).min() :], context.cache, places)
+        context.last_position = slots[:, -1:] + self.columns.shifts[places].unsqueeze(-1)
         return context
 
-    def reorder(self, order: torch.Tensor, num_rows: int, gone: list[Row]) -> None:
-        """What was in place `order[i]` is in place i now, and only the first `num_rows` go on."""
+    def reorder(self, order: torch.Tensor, num_rows: int, gone: list[Row], *, keep: bool) -> None:
+        """What was in place `order[i]` is in place i now, and only the first `num_rows` go on.
+
+        With `keep`, what the others had pending is set aside for `hand_back`.
+        """
+        if keep:
+            for row in gone:
+                index = order[row.place : row.place + 1]
+                own = [(features[index.to(features.device)], slots[index]) for features, slots in self.pending]
+                self.set_aside.append((row, *_one_behind_the_other(own)))
         self.starts[: len(order)] = self.starts[: len(order)][order]
         kept = order[:num_rows]
         self.pending = [(features[kept.to(features.device)], slots[kept]) for features, slots in self.pending]
@@ -106,7 +121,7 @@ class BatchDraft:
         if num_tokens < 1 or not schedule.should_draft():
             return None
         for row, *context in self.fresh:
-            self._draft(*context, [row], num_tokens=1)
+            self._read(*context, [row])
         self.fresh = []
         features, slots = self._take_pending()
         if self.compiled is not None:
@@ -125,12 +140,18 @@ class BatchDraft:
         return join_laws(self._laws.get(id(terms), [None]))
 
     def _take_pending(self) -> tuple[torch.Tensor, torch.Tensor]:
-        features = torch.cat([part for part, _ in self.pending], dim=1)
-        slots = torch.cat([part for _, part in self.pending], dim=1)
-        self.pending = []
-        return features, slots
+        pending, self.pending = self.pending, []
+        return _one_behind_the_other(pending)
 
-    def _draft(self, features, slots, rows: list[Row], *, num_tokens: int, sampler=None) -> DraftBlock:
+    def _read(self, features: torch.Tensor, slots: torch.Tensor, rows: list[Row]) -> None:
+        """Context `features` [R, w, m*H] of `rows`, which lie side by side, goes to `slots`; nothing is drafted."""
+        device = self.draft.device
+        slots = pad(slots, (0, 1), value=PADDING)  # a block of one input, which the draft's forward asks for
+        self.cache.place(slots, max(row.num_slots for row in rows), first_row=rows[0].place)
+        anchors, positions = self.columns.anchors(rows).unsqueeze(-1), self.columns.positions(slots, rows)
+        self.draft(features.to(device), anchors.to(device), positions.to(device), self.cache)
+
+    def _draft(self, features, slots, rows: list[Row], *, num_tokens: int, sampler) -> DraftBlock:
         """A block for `rows`, which lie side by side; their new context `features` [R, w, m*H] goes to `slots`."""
         config, cache = self.draft.config, self.cache
         device = self.draft.device
@@ -139,7 +160,6 @@ class BatchDraft:
         all_slots = torch.cat([slots, inputs], dim=1)
         stop = max(row.num_slots for row in rows) - 1 + config.num_block_inputs
         cache.place(all_slots, stop, first_row=rows[0].place)
-        is_compiled = self.compiled is not None and sampler is not None
         settings = {"causal": config.causal, "window": config.sliding_window}
         masks = draft_slot_masks(
             anchor_slots,
@@ -158,13 +178,13 @@ class BatchDraft:
             num_tokens=num_tokens,
             sampler=sampler,
             attention_mask={name: mask.to(device) for name, mask in masks.items()},
-            forward=self.compiled.draft_forward if is_compiled else None,
+            forward=None if self.compiled is None else self.compiled.draft_forward,
         )
 
     def _of_one_width(self, rows: list[Row], features, slots, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pending context of `width` positions; more than these, a prompt's, are read at once."""
         if features.shape[1] > width or not self.cache.is_initialized:
-            self._draft(features, slots, rows, num_tokens=1)
+            self._read(features, slots, rows)
             features, slots = features[:, :0], slots[:, :0]
         missing = width - features.shape[1]
         return pad(features, (0, 0, 0, missing)), pad(slots, (0, missing), value=PADDING)
@@ -200,3 +220,17 @@ class BatchDraft:
         if row is None:
             return None
         return torch.cat([self.columns.ids[row.place, : row.length], drafted_ids[row.place]]).unsqueeze(0)
+
+
+def _one_behind_the_other(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [R, w, m*H] and slots [R, w] of the same rows in one part."""
+    features, slots = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    return features, slots
+
+
+def _side_by_side(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of different rows."""
+    width = max(slots.shape[1] for _, slots in parts)
+    features = torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part, _ in parts])
+    slots = torch.cat([pad(part, (0, width - part.shape[1]), value=PADDING) for _, part in parts])
+    return features, slots

@@ -26,6 +26,11 @@ def get_cache(outputs: Any) -> Any:
     return getattr(outputs, CACHE, None)
 
 
+def is_users_cache(cache: Any) -> bool:
+    """Whether the cache of a generate() call was passed to it, so that the user reads it afterwards."""
+    return getattr(cache, "_is_user_defined", False)  # generate() marks it
+
+
 def rename_cache_argument(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`kwargs` of generate() with the cache under this version's name; users may pass either."""
     if kwargs.get(_OTHER_CACHE_NAME) is None:

@@ -20,11 +20,11 @@ from .agreement import Agreement
 from .attention_interface import block_attention_on
 from .batch_call import BatchCall
 from .candidate_generator import DSparkCandidateGenerator, context_of, in_transformers_loop
-from .compat import CACHE
+from .compat import CACHE, is_users_cache
 from .compiled import CompiledRound
 from .dispatch import load_kernels, report
 from .features import FeatureTap
-from .limits import check_batch, check_prompt_length, check_request
+from .limits import check_compiled, check_prompt_length, check_request
 from .rollback import MAX_PENDING, Rewinder, recording_past, why_not_reversible
 from .schedule import ConfidenceThreshold, FixedLength, schedule_from
 from .state import Decision, DecodeState, DraftBlock, DraftContext, GenerationStats, RoundRecord, Verification
@@ -91,7 +91,7 @@ class SpeculativeDecoding:
         of slots (eight between powers of two, and 256 at least), or it has another number of rows.
         """
         self.bind_target(target)
-        check_batch(target, self)
+        check_compiled(target, self)
         self.compiled_rounds[target] = CompiledRound(target, self, **options)
 
 
@@ -232,7 +232,8 @@ class _Call:
 
     def _run_batch(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
         """The same for several rows."""
-        returns_cache = model_kwargs.get("use_cache") is not False and self.config.return_dict_in_generate
+        is_asked_for = self.config.return_dict_in_generate or is_users_cache(model_kwargs.get(CACHE))
+        returns_cache = model_kwargs.get("use_cache") is not False and is_asked_for
         self._check_cache(model_kwargs.get(CACHE), before_prefill=True)
         cache = _ensure_cache(self.target, model_kwargs)
         tap = self._tap()

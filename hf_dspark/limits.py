@@ -4,10 +4,10 @@ import inspect
 
 import torch
 from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .slots import has_windows
+from .slots import READ_SLOT_MASKS, has_windows
 
-_BATCH_ATTENTIONS = {"eager", "sdpa", "dspark"}
 _BATCH_LAYER_TYPES = {"full_attention", "sliding_attention", "global"}
 
 
@@ -41,7 +41,7 @@ def check_prompt_length(target: PreTrainedModel, cache: Cache, num_read: int) ->
 def check_batch(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     """Refuse a target or draft that decodes only one sequence at a time."""
     config = target.config.get_text_config(decoder=True)
-    implementation, backbone = target.get_decoder().config._attn_implementation, draft.config.backbone_type
+    implementation, backbone = _attention_of(target), draft.config.backbone_type
     # GPT-Neo has its own name for them; its local layers count columns, wherever a row's tokens lie.
     layer_types = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ())
     takes_positions = "position_ids" in inspect.signature(target.forward).parameters
@@ -50,11 +50,24 @@ def check_batch(target: PreTrainedModel, draft: PreTrainedModel) -> None:
         "a target without positions (ALiBi)": not takes_positions or getattr(config, "alibi", False),
         f'the draft\'s backbone "{backbone}"': backbone == "deepseek_v4",
         f"layers of the types {sorted(layer_types)}": not layer_types <= _BATCH_LAYER_TYPES,
-        f'`attn_implementation="{implementation}"` (load it with "sdpa")': implementation not in _BATCH_ATTENTIONS,
+        # It sees no padding either, with or without a draft.
+        f'`attn_implementation="{implementation}"`, for which no mask function is registered (load the target with '
+        '"sdpa", or register one with AttentionMaskInterface)': implementation not in ALL_MASK_ATTENTION_FUNCTIONS,
     }
     for limit, is_met in limits.items():
         if is_met:
             refuse_batch(limit)
+
+
+def check_compiled(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """Refuse a target or draft whose rounds have no fixed shapes."""
+    check_batch(target, draft)
+    implementation = _attention_of(target)
+    if implementation not in READ_SLOT_MASKS:
+        raise ValueError(
+            f'Compiled rounds are not supported with `attn_implementation="{implementation}"`, whose shapes follow '
+            'the lengths of rows. Load the target with "sdpa", or generate without `compile_round`.'
+        )
 
 
 def check_padding(mask: torch.Tensor, config) -> None:
@@ -67,6 +80,10 @@ def check_padding(mask: torch.Tensor, config) -> None:
         f"Several sequences at once need their padding in front{between}: `attention_mask` has a 0 behind a 1. "
         'Set `padding_side="left"` in the tokenizer.'
     )
+
+
+def _attention_of(target: PreTrainedModel) -> str:
+    return target.get_decoder().config._attn_implementation
 
 
 def refuse_batch(what: str) -> None:

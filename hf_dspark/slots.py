@@ -2,6 +2,7 @@
 
 In a slot cache the n-th token of a sequence lies in slot n of its row, whatever the other rows do. A rejected token's
 slot is overwritten in the next round, so that rolling back costs nothing; masks hide slots behind a row's length.
+Attention that reads no such masks gets rows with padding in front, as in a batch of prompts (`SlotCache.pad_rows`).
 """
 
 import torch
@@ -12,6 +13,7 @@ from .packing import Packing
 
 GROWTH = 256  # slots; caches grow by at least so many, on a CPU by a quarter of it
 PADDING = 2**62  # the slot of what is in no slot; as a float it is the same number
+READ_SLOT_MASKS = {"eager", "sdpa", "dspark"}  # attention that takes `slot_masks`
 
 
 def window_cache(window: int, num_layers: int) -> Cache:
@@ -35,10 +37,11 @@ class SlotCache(Cache):
         self.windows, self.num_rows = windows, num_rows
         self.num_slots, self.is_static = num_slots, is_static
         self.first_row, self.stop = 0, 0
-        self.num_placed = 0  # rows that the next forward reads
-        # Of its tokens [R, T], packed [1, T].
+        self.num_placed, self.num_tokens = 0, 0  # rows that the next forward reads, and its tokens of each
+        # Of these tokens [R, T], packed [1, T].
         self.rows: torch.Tensor | None = None
         self.slots: torch.Tensor | None = None
+        self.columns: torch.Tensor | None = None  # [R, C]  slots in the order they are read; None: slots before `stop`
         super().__init__(layers=[SlotLayer(self) for _ in windows])
 
     def place(self, slots: torch.Tensor, stop: int, *, first_row: int = 0, packing: Packing | None = None) -> None:
@@ -53,12 +56,30 @@ class SlotCache(Cache):
         # Keys side by side in memory: a CPU multiplies them twice as fast as it copies and multiplies others.
         if self.is_static or (is_on_cpu and 2 * stop > self.num_slots):
             stop = self.num_slots
-        self.first_row, self.num_placed, self.stop = first_row, len(slots), stop
+        self.first_row, self.stop, self.columns = first_row, stop, None
+        self.num_placed, self.num_tokens = slots.shape
         is_there = slots < stop
         rows = torch.arange(first_row, first_row + len(slots), device=slots.device).unsqueeze(-1)
         self.rows, self.slots = torch.where(is_there, rows, self.num_rows), torch.where(is_there, slots, 0)
         if packing is not None:
             self.rows, self.slots = packing.pack(self.rows), packing.pack(self.slots)
+
+    def pad_rows(self, lengths: torch.Tensor) -> torch.Tensor:
+        """The next forward, already placed, reads rows of `lengths` [R] tokens with padding in front of them.
+
+        Returns its mask [R, C], 0 where padded. Every row ends in the last column, so windows count right and flash
+        attention unpads them. All rows have padding: without any, positions of a single row that repeat (behind its
+        last) would count as sequences packed together. Each layer copies the keys and values that it reads, which
+        flash attention's unpadding does, too.
+        """
+        columns = torch.arange(-1, self.stop, device=lengths.device) - (self.stop - lengths).unsqueeze(-1)
+        self.columns = columns.clamp_min(0)
+        return (columns >= 0).long()
+
+    @property
+    def num_columns(self) -> int:
+        """Keys of a row in the next forward."""
+        return self.stop if self.columns is None else self.columns.shape[1]
 
     def swap_rows(self, row: int, other: int) -> None:
         """Exchange two rows."""
@@ -96,13 +117,17 @@ class SlotLayer(CacheLayerMixin):
         self.keys[rows, :, slots] = key_states.transpose(1, 2)
         self.values[rows, :, slots] = value_states.transpose(1, 2)
         own = slice(place.first_row, place.first_row + place.num_placed)
+        if place.columns is not None:
+            columns = place.columns.to(self.device)
+            row = torch.arange(own.start, own.stop, device=self.device).unsqueeze(-1)
+            return self.keys[row, :, columns].transpose(1, 2), self.values[row, :, columns].transpose(1, 2)
         return self.keys[own, :, : place.stop], self.values[own, :, : place.stop]
 
     def get_seq_length(self) -> int:
-        return self._placement.stop
+        return self._placement.num_columns - self._placement.num_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._placement.stop, 0
+        return self._placement.num_columns, 0
 
     def get_max_length(self) -> int:
         return -1

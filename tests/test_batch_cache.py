@@ -62,6 +62,34 @@ def test_cache_is_right_wherever_the_call_ends(count):
         _assert_same(getattr(output, CACHE), getattr(expected, CACHE), mask)
 
 
+@pytest.mark.core
+@pytest.mark.parametrize(("kind", "eos"), [("qwen3", False), ("qwen3", True), ("gemma3_text", False)])
+def test_cache_passed_in_is_filled_also_where_only_tokens_are_returned(kind, eos):
+    rows = make_rows(kind, MANY[:5])
+    kwargs = _stop_tokens(rows) if eos else {}
+    ours, theirs = (DynamicCache(config=rows.target.config) for _ in range(2))
+    draft = rows.draft("noisy")
+    sequences = rows.plain(assistant_model=draft, **kwargs, **{CACHE: ours})
+    assert sequences.tolist() == rows.plain(**kwargs, **{CACHE: theirs}).tolist()
+    _assert_same(ours, theirs, _mask_of(rows, sequences, kwargs.get("eos_token_id", []))[:, :-1])
+    longer = _second_turn(rows, sequences, kwargs.get("eos_token_id", []))
+    expected = rows.plain(**longer)
+    assert rows.plain(assistant_model=draft, **longer, **{CACHE: ours}).tolist() == expected.tolist()
+
+
+def test_call_that_neither_passes_nor_returns_a_cache_reads_no_token_for_one():
+    rows, forwards = make_rows(), []
+    draft = rows.draft("noisy")
+    handle = rows.target.get_decoder().register_forward_pre_hook(lambda *args: forwards.append(1))
+    counts = []
+    for kwargs in ({}, {CACHE: DynamicCache()}, {"return_dict_in_generate": True}):
+        forwards.clear()
+        rows.plain(assistant_model=draft, **kwargs)
+        counts.append(len(forwards))
+    handle.remove()
+    assert counts == [counts[0], counts[0] + 1, counts[0] + 1]
+
+
 def test_no_cache_is_returned_where_none_was_wanted():
     rows = make_rows()
     assert getattr(rows.speculate(rows.draft(), use_cache=False), CACHE) is None
@@ -106,6 +134,52 @@ def test_draft_goes_on_with_what_it_read_in_the_first_turn(kind):
     longer = _second_turn(rows, first.sequences, [])
     continued = rows.speculate(draft, **longer, **{CACHE: getattr(first, CACHE)})
     at_once = rows.speculate(draft, **longer)
+    assert continued.sequences.tolist() == at_once.sequences.tolist()
+    _assert_same_blocks(continued.rounds, at_once.rounds)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("kind", "eos"), [("qwen3", False), ("qwen3", True), ("gemma3_text", False)])
+@pytest.mark.parametrize("quality", [[0.0, 0.5, 1.0, 0.5], None], ids=["own pace", "garbage"])
+def test_draft_goes_on_with_what_it_read_of_rows_that_ended_at_different_rounds(kind, eos, quality):
+    """Whatever was pending of a row when it went out, the token that ended it, and rows that changed places."""
+    rows = make_rows(kind, (5, 9, 7, 3))
+    draft = rows.draft("garbage" if quality is None else quality, num_hidden_layers=2)
+    stops = [rows.new_token(0, 9), rows.new_token(2, 0), rows.new_token(3, 4)] if eos else []
+    first = rows.speculate(draft, eos_token_id=stops or None)
+    num_rounds = {sum(r.row == row for r in first.rounds) for row in range(4)}
+    assert len(num_rounds) > (2 if eos or quality else 0)
+    longer = _second_turn(rows, first.sequences, stops)
+    draft.scripts = ()
+    continued = rows.speculate(draft, **longer, **{CACHE: getattr(first, CACHE)})
+    at_once = rows.speculate(draft, **longer)
+    assert continued.sequences.tolist() == at_once.sequences.tolist()
+    _assert_same_blocks(continued.rounds, at_once.rounds)
+    third = _second_turn(rows, continued.sequences, [])
+    third["attention_mask"][:, : longer["attention_mask"].shape[1]] = longer["attention_mask"]
+    again = rows.speculate(draft, **third, **{CACHE: getattr(continued, CACHE)})
+    _assert_same_blocks(again.rounds, rows.speculate(draft, **third).rounds)
+
+
+@pytest.mark.core
+def test_context_that_began_behind_the_cache_is_handed_back_as_it_is():
+    """A later turn drafts as if it had gone on without a break, and sees nothing of what was never read."""
+    rows = make_rows("qwen3", (9, 5, 7))
+    draft = rows.draft("noisy", num_hidden_layers=2)
+    start, mask = 6, rows.prompts["attention_mask"]
+
+    def cache_behind():
+        cache, ids = DynamicCache(), rows.prompts["input_ids"][:, :start]
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, :start]
+        with torch.no_grad():
+            rows.target(ids, attention_mask=mask[:, :start], position_ids=positions, use_cache=True, **{CACHE: cache})
+        return cache
+
+    first = rows.speculate(draft, **{CACHE: cache_behind()})
+    longer = _second_turn(rows, first.sequences, [])
+    draft.scripts = ()
+    continued = rows.speculate(draft, **longer, **{CACHE: getattr(first, CACHE)})
+    at_once = rows.speculate(draft, **longer, **{CACHE: cache_behind()})
     assert continued.sequences.tolist() == at_once.sequences.tolist()
     _assert_same_blocks(continued.rounds, at_once.rounds)
 

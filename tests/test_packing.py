@@ -107,7 +107,9 @@ class _Same(Staggered):
         return self(confidence)
 
 
-@pytest.mark.parametrize(("attention", "schedule"), [("eager", Staggered()), (None, FixedLength(2))], ids=str)
+@pytest.mark.parametrize(
+    ("attention", "schedule"), [("eager", Staggered()), (None, FixedLength(2))], ids=["eager", "fixed"]
+)
 def test_rows_are_padded_where_attention_is_not_ours_or_all_verify_alike(attention, schedule, rounds_of):
     rows = make_rows("qwen3", MANY, attention=attention)
     rounds = rounds_of(rows.target)

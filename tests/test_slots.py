@@ -77,6 +77,23 @@ def test_tokens_without_a_slot_are_written_where_nothing_is_read():
     assert not keys[:, :, 3:].any()
 
 
+def test_padded_rows_end_in_the_last_column_for_one_forward():
+    cache, written = SlotCache([None], 3, 4), torch.arange(1.0, 5).expand(3, 1, 4).unsqueeze(-1)
+    cache.place(torch.arange(4).expand(3, 4), 4, first_row=0)
+    cache.update(written, -written, 0)
+    new = torch.full((2, 1, 2, 1), 9.0)
+    cache.place(torch.tensor([[3, 4], [1, 2]]), 5, first_row=1)
+    mask = cache.pad_rows(torch.tensor([5, 3]))
+    assert (cache.get_seq_length(), cache.get_mask_sizes(2, 0)) == (4, (6, 0))
+    keys, values = (states[..., 0].squeeze(1) for states in cache.update(new, -new, 0))
+    assert mask.tolist() == [[0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]
+    assert (keys * mask).tolist() == [[0, 1, 2, 3, 9, 9], [0, 0, 0, 1, 9, 9]]
+    assert torch.equal(values, -keys)
+    cache.place(torch.tensor([[4]]), 5)
+    assert (cache.get_seq_length(), cache.get_mask_sizes(1, 0)) == (4, (5, 0))
+    assert cache.update(new[:1, :, :1], new[:1, :, :1], 0)[0].flatten().tolist() == [1, 2, 3, 4, 9]
+
+
 @pytest.mark.parametrize("windows", [[None] * 2, [3, 3], [3, None, 3]], ids=str)
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
 def test_masks_show_each_token_itself_and_its_window(windows, dtype):

@@ -44,7 +44,11 @@ class Rows:
 
 @functools.cache
 def make_rows(kind="qwen3", lengths=LENGTHS, *, seed=1, attention=None, vocab_size=64, **fields) -> Rows:
-    target = make_tiny_target(kind, seed, vocab_size, attention=attention, **fields)
+    return rows_of_target(make_tiny_target(kind, seed, vocab_size, attention=attention, **fields), lengths, seed=seed)
+
+
+def rows_of_target(target: PreTrainedModel, lengths: tuple[int, ...] = LENGTHS, *, seed: int = 1) -> Rows:
+    vocab_size = target.config.vocab_size
     prompts = left_padded([random_prompt(vocab_size, n, seed=10 * seed + i)[0] for i, n in enumerate(lengths)])
     said = target.generate(**prompts, max_new_tokens=NEW_TOKENS + AHEAD, do_sample=False, pad_token_id=0)
     return Rows(target, lengths, prompts, said)
