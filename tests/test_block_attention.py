@@ -98,12 +98,34 @@ def test_mask_stands_for_length_window_and_causality(dtype, heads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keys", [64, 512, 2048])
-def test_packed_queries_of_a_block_give_the_bits_of_repeated_keys(keys, dtype):
+def test_packed_queries_of_a_block_give_the_bits_of_repeated_keys(keys, dtype, monkeypatch):
+    monkeypatch.setattr(attention, "_MULTIPLIES_BF16", False)
     (query, key, value), settings = Case("8 rows", keys=keys, head_dim=128, dtype=dtype).inputs("cpu")
     mask = visible_keys(query, key, is_causal=True)
     repeated = (states.repeat_interleave(4, dim=1) for states in (key, value))
     expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=settings["scaling"])
     assert torch.equal(plain(query, key, value, **settings), expected)
+
+
+@pytest.mark.parametrize("by_products", [False, True])
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.dtype == torch.bfloat16])
+def test_bf16_on_a_cpu_is_right_by_sdpa_and_by_matrix_products(name, by_products, monkeypatch):
+    monkeypatch.setattr(attention, "_MULTIPLIES_BF16", by_products)
+    case = BY_NAME[name]
+    states, settings = case.inputs("cpu")
+    expected_states, expected_settings = in_double((states, settings))
+    expected = plain(*expected_states, **expected_settings)
+    assert_close(plain(*states, **settings).double(), expected, case.tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_only_bf16_goes_by_matrix_products_where_the_cpu_multiplies_it(dtype, monkeypatch):
+    monkeypatch.setattr(attention, "_MULTIPLIES_BF16", True)
+    called, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kw: called.append(1) or sdpa(*args, **kw))
+    states, settings = Case("8 rows", dtype=dtype).inputs("cpu")
+    plain(*states, **settings)
+    assert bool(called) == (dtype != torch.bfloat16)
 
 
 def test_keys_are_not_repeated(monkeypatch):
