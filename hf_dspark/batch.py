@@ -13,17 +13,19 @@ from transformers import Cache, PreTrainedModel
 
 from .accept import choose_tokens
 from .agreement import Agreement
-from .attention_interface import NAME as BLOCK_ATTENTION
 from .batch_draft import BatchDraft
+from .captured import CapturedRounds, why_not_captured
 from .compat import CACHE
 from .compiled import CompiledRound
+from .dispatch import note
 from .features import FeatureTap
-from .rows import Columns, Emission, Emit, Row, groups_of, pad_ended, rows_of
+from .rows import Columns, Emission, Emit, Row, advance, groups_of, pad_ended, rows_of, up_to_stop
 from .sampling import Prefixes
 from .schedule import Schedule
-from .slots import SlotCache, move_into_slots, slot_masks, windows_of
+from .slots import SlotCache, move_into_slots, windows_of
 from .state import Choice, DecodeState, DraftBlock, RoundRecord
 from .terms import Verdicts
+from .traced import attention_to_slots
 
 
 class RowBatch:
@@ -34,7 +36,7 @@ class RowBatch:
         tap: open while rows are admitted and rounds run.
         num_rows: at most so many rows at a time.
         num_slots: of a row to begin with.
-        compiled: forwards of fixed shapes, for rows that all come in at once and stay.
+        compiled: rounds of fixed shapes, for rows that all come in at once and stay.
         whole_blocks: also where all rows end sooner, so that a row draws as many random numbers as it would alone.
     """
 
@@ -56,7 +58,9 @@ class RowBatch:
         self.agreement = Agreement(target)
         self.rows: list[Row] = []
         self.token_types: tuple[str, ...] = ()  # arguments of the target that name a type for every token
-        self.columns = Columns(num_rows, num_slots, target.get_input_embeddings().weight.device)
+        sizes = (num_rows, num_slots, target.get_input_embeddings().weight.device)
+        self.columns = Columns(*sizes) if compiled is None else compiled.columns(*sizes)
+        self.captured: CapturedRounds | None = None
         self.cache: SlotCache | None = None  # the target's; its layers are known after the first prefill
         self.drafting = BatchDraft(
             draft,
@@ -105,6 +109,15 @@ class RowBatch:
         cache, self.drafting.cache = self.compiled.caches(windows, self.draft.config.num_hidden_layers, *sizes)
         return cache
 
+    def capture(self) -> None:
+        """Make graphs of whole rounds from now on, where the rule of the one call that the rows are of allows it."""
+        arguments = (self.target, self.draft, self.tap)
+        reason = why_not_captured(*arguments, self.rows[0].terms, self.agreement)
+        note("compiled round", "whole" if reason is None else f"the forwards alone: {reason}")
+        if reason is None:
+            rows = (self.columns, self.rows, self.token_types)
+            self.captured = self.drafting.captured = CapturedRounds(self.compiled, *arguments, *rows)
+
     def drop(self, finished: list[Row]) -> None:
         """Move ended rows behind the others; they stay as they are until another row takes their place."""
         if not finished:
@@ -134,7 +147,7 @@ class RowBatch:
         """Draft, schedule, verify, accept and commit, for all rows; parts of it are timed by `watch`.
 
         `emit` is called in place of this class's own, with the same arguments. Returns what was emitted, and the
-        target's logits and outputs.
+        target's logits and outputs (None where the round is a graph).
         """
         start = watch.host_seconds()
         with watch.part("draft"):
@@ -143,17 +156,21 @@ class RowBatch:
         width = max(self._lengths)
         if self.compiled is not None and block is not None:
             width = block.token_ids.shape[1]
-        draft_ids = (
-            self.columns.ids[: len(self.rows), :0]
-            if block is None
-            else block.token_ids[:, :width].to(self.columns.ids.device)
-        )
-        draft_ids = pad_ended(self.rows, draft_ids)
-        with watch.part("verify"):
-            logits, outputs = self.verify(draft_ids)
-        emission = (emit or self.emit)(self.rows, logits, draft_ids, block, limits)
-        self.drafting.hand_over(self.rows, self.tap.take(outputs), emission)
-        self.columns.append(self.rows, emission)
+        if self.captured is not None and block is not None:
+            with watch.part("verify"):
+                emission, logits, outputs = self._captured(block, limits), None, None
+        else:
+            draft_ids = (
+                self.columns.ids[: len(self.rows), :0]
+                if block is None
+                else block.token_ids[:, :width].to(self.columns.ids.device)
+            )
+            draft_ids = pad_ended(self.rows, draft_ids)
+            with watch.part("verify"):
+                logits, outputs = self.verify(draft_ids)
+            emission = (emit or self.emit)(self.rows, logits, draft_ids, block, limits)
+            self.drafting.hand_over(self.rows, self.tap.take(outputs), emission)
+            self.columns.append(self.rows, emission)
         for place, (row, count) in enumerate(zip(self.rows, emission.counts, strict=True)):
             if row.ended:
                 continue
@@ -178,7 +195,7 @@ class RowBatch:
         # Drafted tokens behind the last that a row has room for are read where a position is sure to exist.
         last = torch.tensor([row.num_slots + row.room - 2 for row in self.rows], device=slots.device).unsqueeze(-1)
         arguments["position_ids"] = self.columns.positions(slots.minimum(last), self.rows)
-        arguments |= self._attention(slots) | self.tap.forward_kwargs
+        arguments |= attention_to_slots(self.target, self.cache, slots) | self.tap.forward_kwargs
         arguments |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
         if "hidden_states" in self.rows[0].terms.extras:  # which only a call by itself collects
             arguments["output_hidden_states"] = True
@@ -206,14 +223,11 @@ class RowBatch:
     def read(self, choice: Choice, rows: list[Row]) -> tuple[torch.Tensor, list[int], list[int], list[bool]]:
         """Tokens [R, L+1] of a choice, and on the host of each row: tokens up to EOS, accepted ones, is EOS there."""
         tokens, num_accepted = choice.token_ids, choice.num_accepted
-        column = torch.arange(tokens.shape[1], device=tokens.device)
         is_eos = torch.zeros_like(tokens, dtype=torch.bool)
         for terms, group in groups_of(rows):
             if terms.eos_ids is not None:
                 is_eos[group] = torch.isin(tokens[group], terms.eos_ids)
-        is_eos &= column <= num_accepted.unsqueeze(-1)
-        at_eos = is_eos.any(-1)
-        counts = torch.where(at_eos, is_eos.long().argmax(-1) + 1, num_accepted + 1)
+        counts, at_eos = up_to_stop(choice, is_eos)
         figures = torch.stack([counts, num_accepted, at_eos.long()])
         if self.agreement.is_needed:
             tokens, figures = self.agreement.of_first(tokens), self.agreement.of_first(figures)
@@ -238,6 +252,13 @@ class RowBatch:
             limits = self.agreement.of_first(limits)
         # The width of the verification is a shape, which the host must know: one synchronisation a round.
         return limits, limits.tolist()
+
+    def _captured(self, block: DraftBlock, limits: torch.Tensor | None) -> Emission:
+        """Verify, accept and commit in a graph."""
+        emission = self.captured.verify(self.cache, block, limits)
+        self.drafting.pending = [self.captured.pending]
+        advance(self.rows, emission.counts)
+        return emission
 
     def _choose(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Choice:
         """`choose_tokens` for the rows of each call, by that call's rule."""
@@ -270,13 +291,3 @@ class RowBatch:
         """The tokens of all rows of a call, in its order, for processors that count rows."""
         places = [row.place for row in sorted(self._calls[id(rows[0].terms)], key=lambda row: row.index)]
         return Prefixes(self.columns.ids[places], [row.index for row in rows], [row.length for row in rows])
-
-    def _attention(self, slots: torch.Tensor) -> dict[str, Any]:
-        """What tells the target's attention which slots are seen."""
-        implementation = self.target.get_decoder().config._attn_implementation
-        if implementation == BLOCK_ATTENTION and not any(self.cache.windows):  # not all models hand a window on
-            # Any mask of four axes keeps the model from making one of its own.
-            no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=slots.device)
-            return {"attention_mask": no_mask, "kv_lengths": slots[:, -1] + 1}
-        dtype = self.target.dtype if implementation == "eager" else None
-        return {"attention_mask": slot_masks(slots, self.cache.stop, self.cache.windows, dtype=dtype)}
