@@ -78,7 +78,7 @@ def time_forward(target, context: int, repeats: int) -> dict[str, float]:
         cache.crop(-TOKENS)
 
     times = paired({name: lambda name=name: run(name) for name in ("sdpa", "dspark")}, repeats)
-    torch.testing.assert_close(logits["sdpa"], logits["dspark"], atol=0.1, rtol=0.1)
+    assert (logits["sdpa"] - logits["dspark"]).norm() < 0.05 * logits["sdpa"].norm()
     return summary(times)
 
 

@@ -16,6 +16,7 @@ from .slots import PADDING, SlotCache
 from .traced import Frame, draft_rows, verify_rows
 
 _MIN_SLOTS = 256
+_MAX_GRAPHS = 256  # of one function: numbers of rows and of slots, pairs of models, kinds of rules
 
 
 class CompiledRound:
@@ -76,7 +77,14 @@ class CompiledRound:
 
 
 def _compiled(function: Callable, options: dict[str, Any]) -> Callable:
-    return torch.compile(function, fullgraph=True, dynamic=False, **options)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
+
+    def call(*args, **kwargs):
+        # By torch's own limit the ninth shape of a process would raise.
+        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def _stay(*tensors: torch.Tensor) -> None:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from device_work import Launches, Reads
 from tiny import make_tiny_draft, make_tiny_target, plain, random_prompt
 from torch._dynamo.utils import counters
-from transformers import DynamicCache
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import DynamicCache, StoppingCriteria
 
-from hf_dspark import ConfidenceThreshold
+from hf_dspark import ConfidenceThreshold, FixedLength, sampling
 from hf_dspark.compat import CACHE
 
 VOCAB = 6  # so small that a random draft is right now and then
@@ -49,7 +51,7 @@ def test_nothing_is_compiled_again_over_prompts_of_fifty_lengths(pair):
         output = _speculate(target, draft, prompt, max_new_tokens=20)
         assert output.sequences.tolist() == plain(target, prompt, max_new_tokens=20).tolist()
         accepted += [round.num_accepted for round in output.rounds]
-    assert counters["stats"]["unique_graphs"] == 2  # the target's and the draft's
+    assert counters["stats"]["unique_graphs"] == 2  # the draft's side, and the target's
     assert not counters["recompiles"]
     assert {0, 1, 2} <= set(accepted)
 
@@ -125,6 +127,177 @@ def test_number_of_slots_is_rounded_up_by_an_eighth_at_most(pair):
         slots = compiled.num_slots(needed)
         assert needed <= slots <= max(256, needed * 9 / 8 + 256)
     assert len({compiled.num_slots(needed) for needed in range(2049, 4097)}) == 8
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"head": "none"},
+        {"head": "gated"},
+        {"head": "rnn"},
+        {"draft_vocab_size": 4},
+        {"first_slot": 1},
+        {"causal": True},
+    ],
+    ids=str,
+)
+def test_every_kind_of_draft_is_captured_whole_and_says_what_plain_generate_says(fields, rows):
+    target, draft = _pair("qwen3", **fields)
+    ids = _rows(7, rows)
+    if "draft_vocab_size" in fields:
+        draft.set_draft_tokens(torch.tensor([0, 1, 3, 5]))
+    expected = plain(target, ids, max_new_tokens=24, pad_token_id=0)
+    assert _speculate(target, draft, ids, max_new_tokens=24).sequences.tolist() == expected.tolist()
+    assert draft.last_stats.kernels["compiled round"] == "whole"
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+SAMPLED = {
+    "temperature": {"temperature": 0.7, "top_k": 0},
+    "top-p": {"temperature": 1.3, "top_k": 0, "top_p": 0.8},
+    "top-k": {"top_k": 3},
+    "all": {"temperature": 0.6, "top_k": 4, "top_p": 0.7},
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_whole_rounds_draw_the_tokens_that_eager_rounds_draw(name, rows, monkeypatch):
+    monkeypatch.setattr(sampling, "_top_k_warper", lambda settings: None)  # as on a GPU
+    target, draft = _pair("qwen3")
+    eager, ids, accepted = make_tiny_draft(target, seed=1), _rows(5, rows), set()
+    settings = {"do_sample": True, "max_new_tokens": 50, **SAMPLED[name]}
+    for seed in range(6):
+        said = []
+        for model in (draft, eager):
+            torch.manual_seed(seed)
+            output = _speculate(target, model, ids, **settings)
+            # Nine rounds of at most five tokens: behind them eager rounds may be of other shapes.
+            said.append([[r.emitted for r in output.rounds if r.row == row][:9] for row in range(rows)])
+            accepted |= {r.num_accepted for r in output.rounds}
+        assert said[0] == said[1]
+    assert draft.last_stats.kernels["compiled round"] == "whole"
+    assert {0, 1, 2} <= accepted
+
+
+def test_numbers_of_a_sampling_rule_do_not_compile_again(pair):
+    target, draft = pair
+    for temperature in (0.5, 0.8, 1.0, 1.5):
+        for top_p in (0.3, 0.9):
+            settings = {"do_sample": True, "top_k": 0, "temperature": temperature, "top_p": top_p}
+            _speculate(target, draft, _rows(5, 1), max_new_tokens=12, **settings)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+class _Never(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"do_sample": True, "top_k": 3}, "top-k"),  # a CPU looks for ties
+        ({"repetition_penalty": 1.3}, "processors"),
+        ({"do_sample": True, "top_k": 0, "typical_p": 0.9}, "processors"),
+    ],
+)
+def test_other_rules_have_their_forwards_compiled_alone(pair, settings, reason):
+    target, draft = pair
+    ids = _rows(6, 2)
+    torch.manual_seed(0)
+    output = _speculate(target, draft, ids, max_new_tokens=16, **settings)
+    assert reason in draft.last_stats.kernels["compiled round"]
+    assert counters["stats"]["unique_graphs"] == 2
+    if "do_sample" not in settings:
+        assert output.sequences.tolist() == plain(target, ids, max_new_tokens=16, **settings).tolist()
+
+
+def test_rounds_in_step_have_their_forwards_compiled_alone(pair):
+    target, draft = pair
+    ids = _rows(6, 2)
+    output = _speculate(target, draft, ids, max_new_tokens=16, stopping_criteria=[_Never()])
+    assert output.sequences.tolist() == plain(target, ids, max_new_tokens=16).tolist()
+    assert "compiled round" not in draft.last_stats.kernels
+
+
+@pytest.fixture
+def outside(pair, monkeypatch):
+    """(settings) -> operations a round outside of the graphs, and what the host read of a call, without the prompt."""
+    target, draft = pair
+    compiled = draft.compiled_rounds[target]
+
+    def alone(function):
+        def call(*args, **kwargs):
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return call
+
+    for name in ("target_forward", "draft_forward", "draft_rows", "verify_rows"):
+        monkeypatch.setattr(compiled, name, alone(getattr(compiled, name)))
+
+    def run(num_tokens, settings):
+        launches, reads = Launches(), Reads()
+        torch.manual_seed(0)
+        with launches, reads:
+            _speculate(target, draft, _rows(6, 1), max_new_tokens=num_tokens, **settings)
+        return sum(launches.counts.values()), reads.counts, draft.last_stats.rounds
+
+    def measured(settings):
+        prompt, reads_of_prompt, _ = run(6, settings)
+        whole, reads, rounds = run(40, settings)
+        return (whole - prompt) / rounds, reads - reads_of_prompt, rounds
+
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [({}, 4), ({"eos_token_id": 99, "pad_token_id": 0}, 4), ({"do_sample": True, "top_k": 0, "temperature": 0.8}, 8)],
+)
+def test_little_of_a_round_is_outside_of_its_graphs(outside, settings, most):
+    operations, reads, rounds = outside(settings)
+    assert operations <= most
+    assert set(reads) == {("captured", "tolist")}
+    assert 0 < reads["captured", "tolist"] <= rounds
+
+
+def test_forwards_alone_leave_far_more_of_a_round_outside(outside, monkeypatch):
+    from hf_dspark import batch
+
+    monkeypatch.setattr(batch, "why_not_captured", lambda *args: "measured")
+    operations, reads, _ = outside({})
+    assert operations > 60
+    assert set(reads) == {("batch", "tolist")}
+
+
+def test_more_shapes_are_compiled_than_torch_allows_by_itself(pair):
+    target, draft = pair
+    for rows in range(1, 4):
+        ids = _rows(4, rows)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            output = _speculate(target, draft, ids, max_new_tokens=5)
+        assert output.sequences.tolist() == plain(target, ids, max_new_tokens=5).tolist()
+
+
+def test_rounds_that_do_not_draft_between_whole_ones_leave_the_answer_as_it_is(pair):
+    class EveryOther(FixedLength):
+        turn = 0
+
+        def should_draft(self):
+            EveryOther.turn += 1
+            return EveryOther.turn % 3 > 0
+
+    target, draft = pair
+    ids, lengths = _rows(6, 3), set()
+    for eos in range(VOCAB):
+        settings = {"max_new_tokens": 30, "eos_token_id": eos, "pad_token_id": 0}
+        output = _speculate(target, draft, ids, schedule=EveryOther(), **settings)
+        assert output.sequences.tolist() == plain(target, ids, **settings).tolist()
+        lengths |= {round.verify_length for round in output.rounds}
+    assert lengths == {0, 4}
 
 
 def test_target_that_cannot_be_compiled_is_refused_by_name():
