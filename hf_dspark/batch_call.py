@@ -102,8 +102,7 @@ class BatchCall:
         self.rows = [Row(i, self.terms, self.terms.max_length, length, n) for i, n in enumerate(counts)]
         num_slots = max(counts) + self.draft.config.num_block_inputs
         if self.compiled is not None:
-            # Place for a whole block behind the last column, or the rows' tokens would grow out of their shape.
-            num_slots = self.compiled.num_slots(self.terms.max_length + self.draft.config.block_size + 1)
+            num_slots = self.compiled.num_slots(self.terms.max_length)
         sizes = {"num_rows": len(self.rows), "num_slots": num_slots}
         batch = RowBatch(self.draft, self.target, tap, self.schedule, **sizes, compiled=self.compiled)
         position_ids = model_kwargs.get("position_ids")

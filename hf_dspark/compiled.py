@@ -35,6 +35,7 @@ class CompiledRound:
         self.target_forward = _compiled(target.forward, options)
         self.draft_forward = _compiled(draft.forward, options)
         self.draft_rows, self.verify_rows = _compiled(draft_rows, options), _compiled(verify_rows, options)
+        self._block_size = draft.config.block_size
         self._caches: dict[tuple, tuple[SlotCache, SlotCache]] = {}
         self._columns: dict[tuple, Columns] = {}
         self._frames: dict[tuple, Frame] = {}
@@ -60,7 +61,8 @@ class CompiledRound:
         """The rows' tokens, likewise."""
         key = (num_rows, num_slots)
         if key not in self._columns:
-            columns = self._columns[key] = Columns(num_rows, num_slots, device)
+            # With place for a block and one behind the last token, or they would grow out of their shape.
+            columns = self._columns[key] = Columns(num_rows, num_slots + self._block_size + 1, device)
             _stay(columns.ids, columns.lengths)
         return self._columns[key]
 
