@@ -6,10 +6,12 @@ from device_work import Launches, Reads
 from tiny import make_tiny_draft, make_tiny_target, plain, random_prompt
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from hf_dspark import ConfidenceThreshold, FixedLength, sampling
 from hf_dspark.compat import CACHE
+from hf_dspark.sampling import SamplingRule
 
 VOCAB = 6  # so small that a random draft is right now and then
 
@@ -113,13 +115,17 @@ def test_next_turn_goes_on_where_the_draft_was(pair):
         ids = torch.cat([expected.sequences, _rows(3, 1, seed=turn)], dim=1)
 
 
-def test_caches_are_the_same_in_memory_in_the_next_call(pair):
+def test_what_is_written_is_where_it_was_in_memory_in_the_next_call(pair):
     target, draft = pair
-    addresses = set()
-    for length in (4, 9):
-        _speculate(target, draft, _rows(length, 1), max_new_tokens=8)
-        (caches,) = draft.compiled_rounds[target]._caches.values()
-        addresses.add(tuple(layer.keys.data_ptr() for cache in caches for layer in cache.layers))
+    compiled, addresses = draft.compiled_rounds[target], set()
+    # The last needs all slots, and its rounds are eager but for the forwards.
+    for length, settings in ((4, {}), (9, {}), (248, {"repetition_penalty": 1.1})):
+        _speculate(target, draft, _rows(length, 1), max_new_tokens=8, **settings)
+        (caches,), (columns,) = compiled._caches.values(), compiled._columns.values()
+        (frame,) = compiled._frames.values()
+        states = [layer.keys for cache in caches for layer in cache.layers]
+        kept = (*states, columns.ids, columns.lengths, frame.features, frame.slots, frame.ended)
+        addresses.add(tuple(tensor.data_ptr() for tensor in kept))
     assert len(addresses) == 1
 
 
@@ -181,6 +187,18 @@ def test_whole_rounds_draw_the_tokens_that_eager_rounds_draw(name, rows, monkeyp
         assert said[0] == said[1]
     assert draft.last_stats.kernels["compiled round"] == "whole"
     assert {0, 1, 2} <= accepted
+
+
+def test_warpers_are_transformers_processors():
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(40, 12, generator=generator)).round() / 2  # with ties
+    order = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+    settings = [(t, k, p) for t in (None, 0.6, 1.7) for k in (None, 1, 4, 99) for p in (None, 0.0, 0.3, 0.9)]
+    for values in settings:
+        processors = LogitsProcessorList(cls(v) for cls, v in zip(order, values, strict=True) if v is not None)
+        rule = SamplingRule(processors, do_sample=True)
+        expected = processors(None, logits.clone()).softmax(-1)
+        assert torch.equal(rule.warpers(logits.device)(logits), expected), values
 
 
 def test_numbers_of_a_sampling_rule_do_not_compile_again(pair):
@@ -290,10 +308,10 @@ def test_rounds_that_do_not_draft_between_whole_ones_leave_the_answer_as_it_is(p
 
         def should_draft(self):
             EveryOther.turn += 1
-            return EveryOther.turn % 3 > 0
+            return EveryOther.turn % 2 > 0
 
     target, draft = pair
-    ids, lengths = _rows(6, 3), set()
+    ids, lengths = _rows(6, 6), set()
     for eos in range(VOCAB):
         settings = {"max_new_tokens": 30, "eos_token_id": eos, "pad_token_id": 0}
         output = _speculate(target, draft, ids, schedule=EveryOther(), **settings)
@@ -306,3 +324,21 @@ def test_target_that_cannot_be_compiled_is_refused_by_name():
     target = make_tiny_target("lfm2")
     with pytest.raises(ValueError, match="layers of the types"):
         make_tiny_draft(target).compile_round(target)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_p": 0.9}], ids=["greedy", "sampled"])
+def test_cuda_graphs_hold_whole_rounds(settings):
+    """By Inductor: whatever keeps a graph from being captured is counted as a skip."""
+    target = make_tiny_target("qwen3", seed=1, vocab_size=VOCAB).to("cuda")
+    draft = make_tiny_draft(target, seed=1).to("cuda")
+    draft.compile_round(target)
+    for length in (5, 9, 14):
+        ids = _rows(length, 2).to("cuda")
+        output = _speculate(target, draft, ids, max_new_tokens=24, **settings)
+        assert output.sequences.shape == (2, length + 24)
+        if not settings:
+            assert output.sequences.tolist() == plain(target, ids, max_new_tokens=24).tolist()
+    assert draft.last_stats.kernels["compiled round"] == "whole"
+    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["inductor"]["cudagraph_skips"] == 0
