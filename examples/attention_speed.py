@@ -57,7 +57,7 @@ def time_operation(shape: dict, context: int, dtype: torch.dtype, repeats: int) 
         attend, mask = functions[name]
         return [attend(module, query, *layer, mask, scaling=head_dim**-0.5)[0] for layer in states]
 
-    torch.testing.assert_close(run("sdpa"), run("dspark"))
+    torch.testing.assert_close(run("sdpa"), run("dspark"), atol=4 * torch.finfo(dtype).eps, rtol=0.0)
     times = paired({name: lambda name=name: run(name) for name in functions}, repeats)
     return summary({name: [value / LAYERS for value in values] for name, values in times.items()})
 
@@ -78,7 +78,7 @@ def time_forward(target, context: int, repeats: int) -> dict[str, float]:
         cache.crop(-TOKENS)
 
     times = paired({name: lambda name=name: run(name) for name in ("sdpa", "dspark")}, repeats)
-    torch.testing.assert_close(logits["sdpa"], logits["dspark"], atol=0.1, rtol=0.1)
+    assert (logits["sdpa"] - logits["dspark"]).norm() < 0.1 * logits["sdpa"].norm()
     return summary(times)
 
 

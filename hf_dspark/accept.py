@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .dispatch import with_kernel
-from .sampling import Prefixes, SamplingRule, draw, process_ragged, process_scores, softmax_at
+from .sampling import Prefixes, SamplingRule, Warpers, draw, process_ragged, process_scores, softmax_at
 from .state import Acceptance, Choice, Distribution, DraftBlock
 
 
@@ -80,6 +80,27 @@ def choose_tokens(
     if target_law.support_ids is not None:
         next_ids = _row(target_law.support_ids, acceptance.num_accepted).gather(-1, next_ids)
     return Choice(_join(draft_ids, acceptance.num_accepted, next_ids), acceptance.num_accepted, scores)
+
+
+def choose_by(
+    warpers: Warpers | None,
+    logits: torch.Tensor,  # [B, L+1, V]
+    draft_ids: torch.Tensor,  # [B, L]
+    draft_probs: torch.Tensor | None,  # [B, L, V]
+    uniforms: torch.Tensor | None,  # [B, L]
+    exponentials: torch.Tensor | None,  # [B, V]
+    limits: torch.Tensor | None = None,  # [B]
+) -> Choice:
+    """`choose_tokens` by a rule that is traceable, with its random numbers as arguments; the host reads nothing.
+
+    `warpers` of None are greedy, and need neither draft probabilities nor random numbers.
+    """
+    if warpers is None:
+        target_ids = logits.argmax(-1)
+        return Choice(target_ids, accept_greedy(draft_ids, target_ids, limits), None)
+    acceptance = accept_prefix(draft_ids, draft_probs, warpers(logits), uniforms, limits)
+    next_ids = (acceptance.next_probs / exponentials).argmax(-1, keepdim=True)
+    return Choice(_join(draft_ids, acceptance.num_accepted, next_ids), acceptance.num_accepted, None)
 
 
 @with_kernel

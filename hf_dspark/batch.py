@@ -15,16 +15,19 @@ from .accept import choose_tokens
 from .agreement import Agreement
 from .attention_interface import NAME as BLOCK_ATTENTION
 from .batch_draft import BatchDraft
+from .captured import CapturedRounds, why_not_captured
 from .compat import CACHE
 from .compiled import CompiledRound
+from .dispatch import note
 from .features import FeatureTap
 from .packing import Packing
-from .rows import Columns, Emission, Emit, Row, groups_of, pad_ended, rows_of
+from .rows import Columns, Emission, Emit, Row, advance, groups_of, pad_ended, rows_of, up_to_stop
 from .sampling import Prefixes
 from .schedule import Schedule
-from .slots import READ_SLOT_MASKS, SlotCache, move_into_slots, slot_masks, windows_of
+from .slots import SlotCache, move_into_slots, windows_of
 from .state import Choice, DecodeState, DraftBlock, RoundRecord
 from .terms import Verdicts
+from .traced import attention_to_slots
 
 _FREE_ON_CUDA = 256  # tokens; up to there a forward takes as long as one over a single token, so padding costs nothing
 
@@ -37,7 +40,7 @@ class RowBatch:
         tap: open while rows are admitted and rounds run.
         num_rows: at most so many rows at a time.
         num_slots: of a row to begin with.
-        compiled: forwards of fixed shapes, for rows that all come in at once and stay.
+        compiled: rounds of fixed shapes, for rows that all come in at once and stay.
         whole_blocks: also where all rows end sooner, so that a row draws as many random numbers as it would alone.
     """
 
@@ -59,7 +62,9 @@ class RowBatch:
         self.agreement = Agreement(target)
         self.rows: list[Row] = []
         self.token_types: tuple[str, ...] = ()  # arguments of the target that name a type for every token
-        self.columns = Columns(num_rows, num_slots, target.get_input_embeddings().weight.device)
+        sizes = (num_rows, num_slots, target.get_input_embeddings().weight.device)
+        self.columns = Columns(*sizes) if compiled is None else compiled.columns(*sizes)
+        self.captured: CapturedRounds | None = None
         self.cache: SlotCache | None = None  # the target's; its layers are known after the first prefill
         self.drafting = BatchDraft(
             draft,
@@ -108,6 +113,15 @@ class RowBatch:
         cache, self.drafting.cache = self.compiled.caches(windows, self.draft.config.num_hidden_layers, *sizes)
         return cache
 
+    def capture(self) -> None:
+        """Make graphs of whole rounds from now on, where the rule of the one call that the rows are of allows it."""
+        arguments = (self.target, self.draft, self.tap)
+        reason = why_not_captured(*arguments, self.rows[0].terms, self.agreement)
+        note("compiled round", "whole" if reason is None else f"the forwards alone: {reason}")
+        if reason is None:
+            rows = (self.columns, self.rows, self.token_types)
+            self.captured = self.drafting.captured = CapturedRounds(self.compiled, *arguments, *rows)
+
     def drop(self, finished: list[Row], *, keep: bool = False) -> None:
         """Move ended rows behind the others; they stay as they are until another row takes their place.
 
@@ -140,7 +154,7 @@ class RowBatch:
         """Draft, schedule, verify, accept and commit, for all rows; parts of it are timed by `watch`.
 
         `emit` is called in place of this class's own, with the same arguments. Returns what was emitted, and the
-        target's logits and outputs.
+        target's logits and outputs (None where the round is a graph).
         """
         start = watch.host_seconds()
         with watch.part("draft"):
@@ -149,22 +163,18 @@ class RowBatch:
         width = max(self._lengths)
         if self.compiled is not None and block is not None:
             width = block.token_ids.shape[1]
-        draft_ids = (
-            self.columns.ids[: len(self.rows), :0]
-            if block is None
-            else block.token_ids[:, :width].to(self.columns.ids.device)
-        )
-        draft_ids = pad_ended(self.rows, draft_ids)
-        packing = self._packing()
-        with watch.part("verify"):
-            logits, outputs = self.verify(draft_ids, packing=packing)
-        emission = (emit or self.emit)(self.rows, logits, draft_ids, block, limits)
-        features = self.tap.take(outputs)
-        if packing is not None:
-            features = packing.unpack(features)
-        self.drafting.hand_over(self.rows, features, emission)
-        rooms = _rooms(self.rows, emission)
-        self.columns.append(self.rows, emission)
+        rooms, packing = [row.room for row in self.rows], self._packing()
+        if self.captured is not None and block is not None:
+            with watch.part("verify"):
+                emission, logits, outputs = self._captured(block, limits), None, None
+        else:
+            draft_ids = self._draft_ids(block, width)
+            with watch.part("verify"):
+                logits, outputs = self.verify(draft_ids, packing=packing)
+            emission = (emit or self.emit)(self.rows, logits, draft_ids, block, limits)
+            features = self.tap.take(outputs)
+            self.drafting.hand_over(self.rows, features if packing is None else packing.unpack(features), emission)
+            self.columns.append(self.rows, emission)
         for place, (row, count) in enumerate(zip(self.rows, emission.counts, strict=True)):
             if row.ended:
                 continue
@@ -174,9 +184,15 @@ class RowBatch:
         verified = width * len(self.rows) if packing is None else sum(self._lengths)
         verified = None if block is None else verified
         measured = {"seconds": None if self.agreement.is_needed else watch.host_seconds() - start}
-        measured |= {"num_requests": len(self.rows), "rooms": rooms}
+        measured |= {"num_requests": len(self.rows), "rooms": _rooms_after(self.rows, rooms, emission)}
         self.schedule.observe(sum(emission.counts), verified, **measured)
         return emission, logits, outputs
+
+    def _draft_ids(self, block: DraftBlock | None, width: int) -> torch.Tensor:
+        """The first `width` drafted tokens [R, L] of a block; padding in rows that ended."""
+        if block is None:
+            return self.columns.ids[: len(self.rows), :0]
+        return pad_ended(self.rows, block.token_ids[:, :width].to(self.columns.ids.device))
 
     def verify(
         self,
@@ -197,7 +213,8 @@ class RowBatch:
         last = torch.tensor([row.num_slots + row.room - 2 for row in self.rows], device=slots.device).unsqueeze(-1)
         of_tokens = {"input_ids": tokens, "position_ids": self.columns.positions(slots.minimum(last), self.rows)}
         of_tokens |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
-        arguments = {CACHE: self.cache, "use_cache": True} | self._attention(slots) | self.tap.forward_kwargs
+        arguments = {CACHE: self.cache, "use_cache": True, **self.tap.forward_kwargs}
+        arguments |= attention_to_slots(self.target, self.cache, slots)
         if packing is not None:
             of_tokens = {name: packing.pack(values) for name, values in of_tokens.items()}
             arguments["packing"] = packing
@@ -228,14 +245,11 @@ class RowBatch:
     def read(self, choice: Choice, rows: list[Row]) -> tuple[torch.Tensor, list[int], list[int], list[bool]]:
         """Tokens [R, L+1] of a choice, and on the host of each row: tokens up to EOS, accepted ones, is EOS there."""
         tokens, num_accepted = choice.token_ids, choice.num_accepted
-        column = torch.arange(tokens.shape[1], device=tokens.device)
         is_eos = torch.zeros_like(tokens, dtype=torch.bool)
         for terms, group in groups_of(rows):
             if terms.eos_ids is not None:
                 is_eos[group] = torch.isin(tokens[group], terms.eos_ids)
-        is_eos &= column <= num_accepted.unsqueeze(-1)
-        at_eos = is_eos.any(-1)
-        counts = torch.where(at_eos, is_eos.long().argmax(-1) + 1, num_accepted + 1)
+        counts, at_eos = up_to_stop(choice, is_eos)
         figures = torch.stack([counts, num_accepted, at_eos.long()])
         if self.agreement.is_needed:
             tokens, figures = self.agreement.of_first(tokens), self.agreement.of_first(figures)
@@ -280,6 +294,13 @@ class RowBatch:
             return None
         return Packing.of_lengths([length + 1 for length in self._lengths], self.columns.ids.device)
 
+    def _captured(self, block: DraftBlock, limits: torch.Tensor | None) -> Emission:
+        """Verify, accept and commit in a graph."""
+        emission = self.captured.verify(self.cache, block, limits)
+        self.drafting.pending = [self.captured.pending]
+        advance(self.rows, emission.counts)
+        return emission
+
     def _choose(self, rows: list[Row], logits, draft_ids, block: DraftBlock | None, limits) -> Choice:
         """`choose_tokens` for the rows of each call, by that call's rule."""
         groups, choices = groups_of(rows), []
@@ -312,26 +333,12 @@ class RowBatch:
         places = [row.place for row in sorted(self._calls[id(rows[0].terms)], key=lambda row: row.index)]
         return Prefixes(self.columns.ids[places], [row.index for row in rows], [row.length for row in rows])
 
-    def _attention(self, slots: torch.Tensor) -> dict[str, Any]:
-        """What tells the target's attention which slots are seen."""
-        implementation = self.target.get_decoder().config._attn_implementation
-        # On a CPU masks are faster, made once for all layers; and not all models hand a window on.
-        is_read_there = slots.device.type == "cuda" and not any(self.cache.windows)
-        if implementation == BLOCK_ATTENTION and is_read_there:
-            # Any mask of four axes keeps the model from making one of its own.
-            no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=slots.device)
-            return {"attention_mask": no_mask, "kv_lengths": slots[:, -1] + 1}
-        if implementation not in READ_SLOT_MASKS:  # the model makes of padding what they read
-            return {"attention_mask": self.cache.pad_rows(slots[:, -1] + 1)}
-        dtype = self.target.dtype if implementation == "eager" else None
-        return {"attention_mask": slot_masks(slots, self.cache.stop, self.cache.windows, dtype=dtype)}
 
-
-def _rooms(rows: list[Row], emission: Emission) -> tuple[list[int], list[int]]:
-    """How many tokens each row can still emit before and after `emission`, which ends some sooner than they must."""
+def _rooms_after(rows: list[Row], rooms: list[int], emission: Emission) -> tuple[list[int], list[int]]:
+    """How many tokens rows of `rooms` could emit before and after `emission`; those that end now, no more than it."""
     before, after = [], []
-    for row, count, ends in zip(rows, emission.counts, emission.finished, strict=True):
+    for row, room, count, ends in zip(rows, rooms, emission.counts, emission.finished, strict=True):
         goes_on = not (row.ended or ends)
-        before.append(row.room if goes_on else count * (not row.ended))
-        after.append(row.room - count if goes_on else 0)
+        before.append(room if goes_on else count * (not row.ended))
+        after.append(room - count if goes_on else 0)
     return before, after

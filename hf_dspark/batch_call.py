@@ -87,6 +87,8 @@ class BatchCall:
         logits = outputs.logits[:, -1:].to(self.input_ids.device, torch.float32, copy=True)
         in_step = self._in_step(batch, streamer)
         emit = batch.emit if in_step is None else in_step.emit
+        if self.compiled is not None and in_step is None:
+            batch.capture()
         nothing = self.input_ids[:, :0]
         emission = emit(batch.rows, logits, nothing, None, None)
         batch.columns.append(batch.rows, emission)
@@ -116,7 +118,7 @@ class BatchCall:
         self.rows = [Row(i, self.terms, self.terms.max_length, length, n) for i, n in enumerate(counts)]
         num_slots = max(counts) + self.draft.config.num_block_inputs
         if self.compiled is not None:
-            num_slots = self.compiled.num_slots(max(row.num_slots + row.room for row in self.rows))
+            num_slots = self.compiled.num_slots(self.terms.max_length)
         sizes = {"num_rows": len(self.rows), "num_slots": num_slots}
         batch = RowBatch(self.draft, self.target, tap, self.schedule, **sizes, compiled=self.compiled)
         position_ids = model_kwargs.get("position_ids")

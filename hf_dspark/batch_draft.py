@@ -10,13 +10,15 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from .agreement import Agreement
+from .captured import CapturedRounds
 from .compiled import CompiledRound
-from .draft import draft_block, join_laws
+from .draft import join_laws
 from .rows import Columns, Emission, Row, groups_of, places_of
 from .schedule import Schedule
-from .slots import PADDING, SlotCache, draft_slot_masks, move_into_slots, move_out_of_slots
+from .slots import PADDING, SlotCache, move_into_slots, move_out_of_slots
 from .state import Distribution, DraftBlock, DraftContext
 from .terms import Terms
+from .traced import draft_rows
 
 
 class BatchDraft:
@@ -40,6 +42,7 @@ class BatchDraft:
         self.draft, self.columns, self.cache = draft, columns, cache
         self.schedule, self.agreement = schedule, agreement
         self.whole_blocks, self.compiled = whole_blocks, compiled
+        self.captured: CapturedRounds | None = None
         self.starts = torch.zeros_like(columns.lengths)  # the slot where a row's context begins
         # Features [R, w, m*H] that the draft has not read, and their slots [R, w].
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -126,6 +129,9 @@ class BatchDraft:
         features, slots = self._take_pending()
         if self.compiled is not None:
             features, slots = self._of_one_width(rows, features, slots, num_tokens + 1)
+        if self.captured is not None:
+            starts = self.starts[: len(rows)]
+            return self.captured.propose(self.cache, starts, features, slots, num_tokens)
         self._laws = {}
         block = self._draft(
             features, slots, rows, num_tokens=num_tokens, sampler=self._sampler(rows, num_tokens, own_prefixes)
@@ -153,31 +159,17 @@ class BatchDraft:
 
     def _draft(self, features, slots, rows: list[Row], *, num_tokens: int, sampler) -> DraftBlock:
         """A block for `rows`, which lie side by side; their new context `features` [R, w, m*H] goes to `slots`."""
-        config, cache = self.draft.config, self.cache
-        device = self.draft.device
-        anchor_slots = self.columns.anchor_slots(rows)
-        inputs = anchor_slots.unsqueeze(-1) + torch.arange(config.num_block_inputs, device=self.columns.ids.device)
-        all_slots = torch.cat([slots, inputs], dim=1)
-        stop = max(row.num_slots for row in rows) - 1 + config.num_block_inputs
-        cache.place(all_slots, stop, first_row=rows[0].place)
-        settings = {"causal": config.causal, "window": config.sliding_window}
-        masks = draft_slot_masks(
-            anchor_slots,
-            self.starts[places_of(rows)],
-            config.num_block_inputs,
-            cache.stop,
-            config.layer_types,
-            **settings,
-        )
-        return draft_block(
+        return draft_rows(
             self.draft,
-            features.to(device),
-            self.columns.anchors(rows).to(device),
-            cache,
-            position_ids=self.columns.positions(all_slots, rows).to(device),
+            self.columns,
+            self.cache,
+            places_of(rows),
+            self.starts[places_of(rows)],
+            features,
+            slots,
+            stop=max(row.num_slots for row in rows) - 1 + self.draft.config.num_block_inputs,
             num_tokens=num_tokens,
             sampler=sampler,
-            attention_mask={name: mask.to(device) for name, mask in masks.items()},
             forward=None if self.compiled is None else self.compiled.draft_forward,
         )
 
@@ -187,6 +179,8 @@ class BatchDraft:
             self._read(features, slots, rows)
             features, slots = features[:, :0], slots[:, :0]
         missing = width - features.shape[1]
+        if missing == 0:
+            return features, slots
         return pad(features, (0, 0, 0, missing)), pad(slots, (0, missing), value=PADDING)
 
     def _sampler(self, rows: list[Row], num_tokens: int, own_prefixes: dict[int, Row]):
@@ -224,6 +218,8 @@ class BatchDraft:
 
 def _one_behind_the_other(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Features [R, w, m*H] and slots [R, w] of the same rows in one part."""
+    if len(parts) == 1:
+        return parts[0]
     features, slots = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
     return features, slots
 

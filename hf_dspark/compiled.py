@@ -1,8 +1,8 @@
 """Rounds of fixed shapes through torch.compile: `draft.compile_round(target)`.
 
-Verification always covers a whole block, numbers of slots are rounded up, caches stay where they are in memory between
-calls, and rows that ended are not dropped. So one graph serves all rounds of all calls that need about as many slots
-and as many rows; on CUDA it is captured as a CUDA graph. Prompts are read eagerly.
+Verification always covers a whole block, numbers of slots are rounded up, what is written stays where it is in memory
+between calls, and rows that ended are not dropped. So the same graphs serve all rounds of all calls that need about as
+many slots and as many rows; on CUDA they are captured as CUDA graphs. Prompts are read eagerly.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .slots import SlotCache
+from .rows import Columns
+from .slots import PADDING, SlotCache
+from .traced import Frame, draft_rows, verify_rows
 
 _MIN_SLOTS = 256
+_MAX_GRAPHS = 256  # of one function: numbers of rows and of slots, pairs of models, kinds of rules
 
 
 class CompiledRound:
-    """The compiled forwards of a target and its draft, and the caches they run on.
+    """What is compiled for a target and its draft, and the tensors it works on.
+
+    A round is two graphs, `draft_rows` and `verify_rows`; where it cannot be (`captured.why_not_captured`), the two
+    forwards alone are graphs.
 
     Args:
         options: of torch.compile; default is CUDA graphs on CUDA, and torch's default elsewhere.
@@ -28,7 +34,11 @@ class CompiledRound:
             options = {"mode": "reduce-overhead"}
         self.target_forward = _compiled(target.forward, options)
         self.draft_forward = _compiled(draft.forward, options)
+        self.draft_rows, self.verify_rows = _compiled(draft_rows, options), _compiled(verify_rows, options)
+        self._block_size = draft.config.block_size
         self._caches: dict[tuple, tuple[SlotCache, SlotCache]] = {}
+        self._columns: dict[tuple, Columns] = {}
+        self._frames: dict[tuple, Frame] = {}
 
     def num_slots(self, needed: int) -> int:
         """Slots of the caches for rows of `needed` tokens: eight sizes from one power of two to the next."""
@@ -47,6 +57,39 @@ class CompiledRound:
             )
         return self._caches[key]
 
+    def columns(self, num_rows: int, num_slots: int, device: torch.device) -> Columns:
+        """The rows' tokens, likewise."""
+        key = (num_rows, num_slots)
+        if key not in self._columns:
+            # With place for a block and one behind the last token, or they would grow out of their shape.
+            columns = self._columns[key] = Columns(num_rows, num_slots + self._block_size + 1, device)
+            _stay(columns.ids, columns.lengths)
+        return self._columns[key]
 
-def _compiled(forward: Callable, options: dict[str, Any]) -> Callable:
-    return torch.compile(forward, fullgraph=True, dynamic=False, **options)
+    def frame(self, columns: Columns, features: torch.Tensor) -> Frame:
+        """What rounds keep beside them, with place for `features` [R, L+1, m*H], likewise."""
+        key = (id(columns), features.shape, features.dtype)
+        if key not in self._frames:
+            slots = torch.full(features.shape[:2], PADDING, device=columns.ids.device)
+            ended = torch.zeros(len(features), dtype=torch.bool, device=slots.device)
+            frame = Frame(columns, torch.empty_like(features), slots, torch.zeros_like(columns.lengths), ended)
+            _stay(frame.features, frame.slots, frame.last_slots, frame.ended)
+            self._frames[key] = frame
+        return self._frames[key]
+
+
+def _compiled(function: Callable, options: dict[str, Any]) -> Callable:
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
+
+    def call(*args, **kwargs):
+        # By torch's own limit the ninth shape of a process would raise.
+        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def _stay(*tensors: torch.Tensor) -> None:
+    """Graphs may write to them in place: they are the same in every call."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)

@@ -37,13 +37,19 @@ class SelectedRows(nn.Module):
         if not is_readable(weight):
             logits = head(hidden_states)
             return logits[..., ids.to(logits.device)]
+        if not torch.compiler.is_compiling():  # the prompt before compiled rounds is not
+            self._copy_rows()
+        return nn.functional.linear(hidden_states.to(weight.device, weight.dtype), self._weight, self._bias)
+
+    def _copy_rows(self) -> None:
+        head, weight = self.source, self.source.weight
         version = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
         if version != self._copied_from:
-            ids = ids.to(weight.device)
+            ids = self._token_ids.to(weight.device)
             bias = getattr(head, "bias", None)
             self._weight, self._bias = weight.detach()[ids], None if bias is None else bias.detach()[ids]
+            torch._dynamo.mark_static_address(self._weight)  # or CUDA graphs would copy it every round
             self._copied_from = version
-        return nn.functional.linear(hidden_states.to(weight.device, weight.dtype), self._weight, self._bias)
 
 
 class MarkovHead(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 
 from .slots import GROWTH, PADDING
-from .state import Distribution, DraftBlock, RoundRecord
+from .state import Choice, Distribution, DraftBlock, RoundRecord
 from .terms import Terms
 
 
@@ -49,7 +49,7 @@ class Columns:
     """The tokens of a batch's rows, by place, and how columns, slots and positions go together.
 
     A row's columns are its prompt, with padding in front, and its new tokens. Tokens have slots from 0 on, padding has
-    none. Functions that take rows take those that lie side by side.
+    none. Functions that take rows take those that lie side by side, or their places.
     """
 
     def __init__(self, num_rows: int, num_columns: int, device: torch.device):
@@ -69,34 +69,34 @@ class Columns:
     def append(self, rows: list[Row], emission: Emission) -> None:
         """Commit the tokens that a round emitted."""
         tokens, counts = emission.token_ids, torch.tensor(emission.counts, device=self.ids.device)
-        own = places_of(rows)
         self.widen(max(row.length for row in rows) + tokens.shape[1])
+        self.write(places_of(rows), tokens, counts)
+        advance(rows, emission.counts)
+
+    def write(self, own: slice, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+        """Put the first `counts` [R] of `tokens` [R, T] behind what is there, for which there must be place."""
         offsets = torch.arange(tokens.shape[1], device=self.ids.device)
         columns = self.lengths[own, None] + offsets
         columns = torch.where(offsets < counts.unsqueeze(-1), columns, self.ids.shape[1] - 1)
         self.ids[own] = self.ids[own].scatter(1, columns, tokens)
         self.lengths[own] += counts
-        for row, count in zip(rows, emission.counts, strict=True):
-            row.length += count
-            row.num_slots += count
-            row.num_emitted += 0 if row.ended else count
 
     def reorder(self, order: torch.Tensor) -> None:
         """What was in place `order[i]` comes to place i."""
         for buffer in (self.ids, self.lengths, self.paddings, self.shifts):
             buffer[: len(order)] = buffer[: len(order)][order]
 
-    def anchors(self, rows: list[Row]) -> torch.Tensor:
+    def anchors(self, rows: list[Row] | slice) -> torch.Tensor:
         """The last token [R] of each row."""
         own = places_of(rows)
         return self.ids[own].gather(1, self.lengths[own, None] - 1).squeeze(1)
 
-    def anchor_slots(self, rows: list[Row]) -> torch.Tensor:
+    def anchor_slots(self, rows: list[Row] | slice) -> torch.Tensor:
         """Their slots [R]."""
         own = places_of(rows)
         return self.lengths[own] - 1 - self.paddings[own]
 
-    def positions(self, slots: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+    def positions(self, slots: torch.Tensor, rows: list[Row] | slice) -> torch.Tensor:
         """Positions [R, T] of slots; what is in none is anywhere."""
         return torch.where(slots == PADDING, 0, slots) + self.shifts[places_of(rows), None]
 
@@ -106,9 +106,33 @@ class Columns:
             self.ids = pad(self.ids, (0, num_columns - self.ids.shape[1] + 1 + GROWTH))
 
 
-def places_of(rows: list[Row]) -> slice:
+def places_of(rows: list[Row] | slice) -> slice:
     """The places of rows that lie side by side."""
-    return slice(rows[0].place, rows[0].place + len(rows))
+    return rows if isinstance(rows, slice) else slice(rows[0].place, rows[0].place + len(rows))
+
+
+def advance(rows: list[Row], counts: list[int]) -> None:
+    """Count the tokens that a round emitted."""
+    for row, count in zip(rows, counts, strict=True):
+        row.length += count
+        row.num_slots += count
+        row.num_emitted += 0 if row.ended else count
+
+
+def up_to_eos(choice: Choice, eos_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row [R]: how many tokens a round adds, the last one `eos_ids` has included, and whether one is there."""
+    is_eos = torch.zeros_like(choice.token_ids, dtype=torch.bool)
+    if eos_ids is not None:
+        is_eos = torch.isin(choice.token_ids, eos_ids)
+    return up_to_stop(choice, is_eos)
+
+
+def up_to_stop(choice: Choice, is_stop: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`up_to_eos` where `is_stop` [R, L+1] says which tokens stop their row."""
+    column = torch.arange(is_stop.shape[1], device=is_stop.device)
+    is_stop = is_stop & (column <= choice.num_accepted.unsqueeze(-1))
+    stops = is_stop.any(-1)
+    return torch.where(stops, is_stop.long().argmax(-1) + 1, choice.num_accepted + 1), stops
 
 
 def pad_ended(rows: list[Row], token_ids: torch.Tensor) -> torch.Tensor:

@@ -77,6 +77,43 @@ class TopKWarper:
 
 
 @dataclass(frozen=True, slots=True)
+class Warpers:
+    """Temperature, top-k and top-p with their numbers as tensors, so that one trace serves them all."""
+
+    temperature: torch.Tensor  # []
+    top_k: torch.Tensor | None  # [1]
+    tail: torch.Tensor | None  # []  1 - top_p
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """The law [..., V] that transformers' processors give for `logits` [..., V]."""
+        scores = logits / self.temperature
+        if self.top_k is None and self.tail is None:
+            return scores.softmax(-1)
+        ordered, order = scores.sort(-1)
+        if self.top_k is not None:
+            index = (scores.shape[-1] - self.top_k).clamp_min(0)
+            ordered = ordered.masked_fill(ordered < ordered.index_select(-1, index), -torch.inf)
+        if self.tail is not None:
+            is_tail = ordered.softmax(-1).cumsum(-1) <= self.tail
+            is_best = torch.arange(scores.shape[-1], device=scores.device) == scores.shape[-1] - 1
+            ordered = ordered.masked_fill(is_tail & ~is_best, -torch.inf)
+        return scores.scatter(-1, order, ordered).softmax(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class WarpedSampler:
+    """Chooses a drafted token by `warpers`, and gives their law."""
+
+    warpers: Warpers
+    uniforms: torch.Tensor  # [B, g]  fp64, in [0, 1)
+
+    def __call__(self, logits: torch.Tensor, drafted_ids: torch.Tensor) -> tuple[torch.Tensor, Distribution]:
+        """Token ids [B] from `logits` [B, V]; `drafted_ids` [B, k] are the block's tokens before them."""
+        probs = self.warpers(logits)
+        return search(probs, self.uniforms[:, drafted_ids.shape[1]]), Distribution(probs.unsqueeze(1))
+
+
+@dataclass(frozen=True, slots=True)
 class TemperatureSampler:
     """Chooses a drafted token from its logits alone: the likeliest, or one drawn from their softmax."""
 
@@ -116,7 +153,8 @@ class SamplingRule:
         self.is_prefix_free = all(type(p) in _PREFIX_FREE for p in processors)
         # Of the softmax that is the law of a token; None: other processors have a say, or scores are wanted.
         self.temperature = None if keep_scores else _temperature(processors)
-        self.top_k_warper = _top_k_warper(processors) if do_sample and not keep_scores else None
+        self._settings = None if keep_scores else _warper_settings(processors)
+        self.top_k_warper = _top_k_warper(self._settings) if do_sample else None
 
     def draft_processors(self) -> LogitsProcessorList:
         """Processors for one block of the draft: stateful ones as copies, so that the target's see only its own calls.
@@ -159,6 +197,36 @@ class SamplingRule:
             return logits.argmax(-1), None
         probs = logits.softmax(-1)
         return self.draw_drafted(probs), Distribution(probs.unsqueeze(1))
+
+    def is_traceable(self, device: torch.device) -> bool:
+        """Whether tensors of fixed shapes say all of the rule: it is greedy, or temperature, top-k and top-p.
+
+        Not where `sparse_distribution` serves: whether it does, the host decides by ties.
+        """
+        if not self.do_sample:
+            return self.temperature is not None
+        return self._settings is not None and (self.top_k_warper is None or device.type != "cpu")
+
+    def warpers(self, device: torch.device) -> Warpers | None:
+        """The numbers of a traceable rule; None: greedy."""
+        if not self.do_sample:
+            return None
+        temperature, top_k, top_p = self._settings
+        return Warpers(
+            torch.tensor(temperature, device=device),
+            None if top_k is None else torch.tensor([top_k], device=device),
+            None if top_p is None else torch.tensor(1.0 - top_p, device=device),
+        )
+
+    def draft_uniforms(self, like: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Numbers [B, g] for a `WarpedSampler`: those that drafted tokens would take one after the other."""
+        if self.temperature is not None:
+            return self._doubles(like, num_tokens)
+        return torch.cat([self._doubles(like, 1) for _ in range(num_tokens)], dim=1)
+
+    def exponentials(self, like: torch.Tensor) -> torch.Tensor:
+        """What `draw` divides probabilities by, in the shape of `like`."""
+        return torch.empty_like(like).exponential_(generator=self.generator)
 
     def draw(self, probs: torch.Tensor) -> torch.Tensor:
         """Column [B] drawn from `probs` [B, K] for a token that is emitted: torch.multinomial's random stream."""
@@ -270,11 +338,11 @@ def _temperature(processors: LogitsProcessorList) -> float | None:
     return math.prod(float(p.temperature) for p in processors)
 
 
-def _top_k_warper(processors: LogitsProcessorList) -> TopKWarper | None:
-    """The short form of `processors` where they are exactly temperature, top-k and top-p, in transformers' order."""
+def _warper_settings(processors: LogitsProcessorList) -> tuple[float, int | None, float | None] | None:
+    """Temperature, top-k and top-p where `processors` are nothing else, in transformers' order; otherwise None."""
     order = [lp.TemperatureLogitsWarper, lp.TopKLogitsWarper, lp.TopPLogitsWarper]
     types = [type(p) for p in processors]
-    if lp.TopKLogitsWarper not in types or types != [t for t in order if t in types]:
+    if types != [t for t in order if t in types]:
         return None
     if any(getattr(p, "filter_value", -torch.inf) != -torch.inf for p in processors):
         return None
@@ -282,11 +350,19 @@ def _top_k_warper(processors: LogitsProcessorList) -> TopKWarper | None:
         return None
     by_type = dict(zip(types, processors, strict=True))
     temperature, top_k, top_p = (by_type.get(t) for t in order)
-    return TopKWarper(
-        temperature=1.0 if temperature is None else float(temperature.temperature),
-        top_k=top_k.top_k,
-        top_p=1.0 if top_p is None else float(top_p.top_p),
+    return (
+        1.0 if temperature is None else float(temperature.temperature),
+        None if top_k is None else top_k.top_k,
+        None if top_p is None else float(top_p.top_p),
     )
+
+
+def _top_k_warper(settings: tuple[float, int | None, float | None] | None) -> TopKWarper | None:
+    """The short form of processors with a top-k."""
+    if settings is None or settings[1] is None:
+        return None
+    temperature, top_k, top_p = settings
+    return TopKWarper(temperature, top_k, 1.0 if top_p is None else top_p)
 
 
 def _copy_processor(processor: LogitsProcessor) -> LogitsProcessor | None:

@@ -23,6 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def why_not_sample_block(base_logits, anchor_ids, hidden_states, draft, sampler) -> str | None:
     """The reason why `sample_block` cannot serve; None where it can."""
     head = draft.markov_head
+    if torch.compiler.is_compiling():
+        return "it is traced"
     if not hasattr(sampler, "uniforms"):
         return "logits processors other than a temperature have a say"
     if head is None or head.reads_hidden_states:

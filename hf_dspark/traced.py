@@ -1,0 +1,120 @@
+"""A round over rows of slot caches as two functions of tensors: what `compiled.py` has torch.compile make graphs of.
+
+Nothing in them depends on the host but shapes: random numbers, limits and the numbers of a sampling rule are
+arguments, and what the next round begins with is written in place. The first serves eager rounds, too.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .accept import choose_by
+from .attention_interface import NAME as BLOCK_ATTENTION
+from .compat import CACHE
+from .draft import Sampler, draft_block
+from .features import FeatureTap
+from .rows import Columns, up_to_eos
+from .sampling import Warpers
+from .slots import PADDING, READ_SLOT_MASKS, SlotCache, draft_slot_masks, slot_masks
+from .state import DraftBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What is kept on the device between the rounds of a call whose R rows all stay."""
+
+    columns: Columns
+    features: torch.Tensor  # [R, L+1, m*H]  of tokens that the draft has not read
+    slots: torch.Tensor  # [R, L+1]  theirs; PADDING where a token did not stay
+    last_slots: torch.Tensor  # [R]  of the last position that a row has room for
+    ended: torch.Tensor  # [R]  rows that say nothing more
+
+
+def draft_rows(
+    draft: PreTrainedModel,
+    columns: Columns,
+    cache: SlotCache,
+    own: slice,  # the rows' places
+    starts: torch.Tensor,  # [R]  slots where their contexts begin
+    features: torch.Tensor,  # [R, w, m*H]  of tokens the draft has not read
+    slots: torch.Tensor,  # [R, w]
+    *,
+    stop: int,
+    num_tokens: int,
+    sampler: Sampler | None,
+    forward=None,
+) -> DraftBlock:
+    """A block for each row, whose new context goes to its slots in the draft's cache; slots before `stop` are read."""
+    config, device = draft.config, draft.device
+    anchor_slots = columns.anchor_slots(own)
+    inputs = anchor_slots.unsqueeze(-1) + torch.arange(config.num_block_inputs, device=anchor_slots.device)
+    all_slots = torch.cat([slots, inputs], dim=1)
+    cache.place(all_slots, stop, first_row=own.start)
+    settings = {"causal": config.causal, "window": config.sliding_window}
+    shape = (config.num_block_inputs, cache.stop, config.layer_types)
+    masks = draft_slot_masks(anchor_slots, starts, *shape, **settings)
+    return draft_block(
+        draft,
+        features.to(device),
+        columns.anchors(own).to(device),
+        cache,
+        position_ids=columns.positions(all_slots, own).to(device),
+        num_tokens=num_tokens,
+        sampler=sampler,
+        attention_mask={name: mask.to(device) for name, mask in masks.items()},
+        forward=forward,
+    )
+
+
+def verify_rows(
+    target: PreTrainedModel,
+    tap: FeatureTap,
+    cache: SlotCache,
+    frame: Frame,
+    draft_ids: torch.Tensor,  # [R, L]
+    draft_probs: torch.Tensor | None,  # [R, L, V]  the law they were drawn from; None: greedy
+    warpers: Warpers | None,
+    chances: tuple[torch.Tensor | None, torch.Tensor | None],  # uniforms [R, L], exponentials [R, V]
+    limits: torch.Tensor | None,  # [R]  drafted tokens that are considered; None: all
+    eos_ids: torch.Tensor | None,
+    arguments: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Verify, accept, commit: tokens [R, L+1], and [3, R] how many are emitted and were accepted, and which rows end.
+
+    `arguments` are more of the target's. Tokens, their features and the rows that ended are written to the frame.
+    """
+    columns, own = frame.columns, slice(0, len(draft_ids))
+    offsets = torch.arange(draft_ids.shape[1] + 1, device=draft_ids.device)
+    slots = columns.anchor_slots(own).unsqueeze(-1) + offsets
+    cache.place(slots, cache.num_slots)
+    tokens = torch.cat([columns.anchors(own).unsqueeze(-1), draft_ids], dim=1)
+    positions = columns.positions(slots.minimum(frame.last_slots.unsqueeze(-1)), own)
+    arguments = arguments | {"input_ids": tokens, "position_ids": positions, CACHE: cache, "use_cache": True}
+    outputs = target(**arguments, **attention_to_slots(target, cache, slots), return_dict=True)
+    choice = choose_by(warpers, outputs.logits.float(), draft_ids, draft_probs, *chances, limits)
+    counts, at_eos = up_to_eos(choice, eos_ids)
+    room = frame.last_slots + 1 - slots[:, 0]
+    finished = frame.ended | at_eos | (counts >= room)
+    counts = counts.minimum(room).masked_fill(frame.ended, 0)
+    frame.features.copy_(tap.take(outputs))
+    frame.slots.copy_(torch.where(offsets < counts.unsqueeze(-1), slots, PADDING))
+    frame.ended.copy_(finished)
+    columns.write(own, choice.token_ids, counts)
+    return choice.token_ids, torch.stack([counts, choice.num_accepted, finished.long()])
+
+
+def attention_to_slots(target: PreTrainedModel, cache: SlotCache, slots: torch.Tensor) -> dict[str, Any]:
+    """What tells the target's attention which slots are seen by tokens in `slots` [R, T]."""
+    implementation = target.get_decoder().config._attn_implementation
+    # On a CPU masks are faster, made once for all layers; and not all models hand a window on.
+    is_read_there = slots.device.type == "cuda" and not any(cache.windows)
+    if implementation == BLOCK_ATTENTION and is_read_there:
+        # Any mask of four axes keeps the model from making one of its own.
+        no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=slots.device)
+        return {"attention_mask": no_mask, "kv_lengths": slots[:, -1] + 1}
+    if implementation not in READ_SLOT_MASKS:  # the model makes of padding what they read
+        return {"attention_mask": cache.pad_rows(slots[:, -1] + 1)}
+    dtype = target.dtype if implementation == "eager" else None
+    return {"attention_mask": slot_masks(slots, cache.stop, cache.windows, dtype=dtype)}
