@@ -83,7 +83,7 @@ def _packed(query, key, value, mask, *, scaling: float, softcap: float | None, s
     group = num_heads // num_key_heads
     rows = query.reshape(batch_size, num_key_heads, group * num_rows, head_dim)
     if mask is not None:
-        mask = mask.unflatten(1, (-1, 1 if mask.shape[1] == 1 else group))
+        mask = mask.reshape(mask.shape[0], -1, 1 if mask.shape[1] == 1 else group, *mask.shape[2:])
     backends = None if not query.is_cuda else cuda_backends(query.dtype, head_dim, value.shape[-1])
     is_faster_by_products = _MULTIPLIES_BF16 and query.device.type == "cpu" and query.dtype == torch.bfloat16
     if softcap is None and sinks is None and backends != [] and not is_faster_by_products:
@@ -107,7 +107,8 @@ def _attend(
     sinks: torch.Tensor | None,  # [H]
 ) -> torch.Tensor:
     """Attention [B, Hkv, G*L, Dv] as it is defined, in two matrix products and with what torch's own has not."""
-    scores = (rows @ key.transpose(-1, -2)).float().mul_(scaling).unflatten(2, (group, -1))
+    scores = (rows @ key.transpose(-1, -2)).float().mul_(scaling)
+    scores = scores.view(*scores.shape[:2], group, -1, scores.shape[-1])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:

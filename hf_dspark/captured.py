@@ -52,6 +52,8 @@ class CapturedRounds:
         self.warpers = self.terms.rule.warpers(columns.ids.device)
         self.token_types, self._frame = token_types, None
         self._ended: list[bool] = []  # as the frame has it
+        # What is taken of the target's lm_head at the first use: no graph may hold that.
+        draft.compute_logits(torch.zeros(1, 1, draft.config.hidden_size, dtype=draft.dtype, device=draft.device))
 
     def propose(
         self, cache: SlotCache, starts: torch.Tensor, features: torch.Tensor, slots: torch.Tensor, num_tokens: int

@@ -37,7 +37,7 @@ class SelectedRows(nn.Module):
         if not is_readable(weight):
             logits = head(hidden_states)
             return logits[..., ids.to(logits.device)]
-        if not torch.compiler.is_compiling():  # the prompt before compiled rounds is not
+        if not torch.compiler.is_compiling():  # what compiles it calls it before
             self._copy_rows()
         return nn.functional.linear(hidden_states.to(weight.device, weight.dtype), self._weight, self._bias)
 

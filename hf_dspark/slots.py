@@ -50,7 +50,7 @@ class SlotCache(Cache):
         Tokens whose slot is not below `stop` are written where nothing is read. With `packing` they come packed.
         """
         is_on_cpu = slots.device.type == "cpu"
-        if stop > self.num_slots:
+        if stop > self.num_slots and not self.is_static:
             growth = max(GROWTH // 4, self.num_slots // 16) if is_on_cpu else max(GROWTH, self.num_slots // 2)
             self.num_slots = max(stop, self.num_slots + growth)
         # Keys side by side in memory: a CPU multiplies them twice as fast as it copies and multiplies others.
