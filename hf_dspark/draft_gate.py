@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Sequence
-from math import sqrt
 from statistics import median
 
 from .cost_table import CostTable
@@ -13,16 +12,16 @@ class DraftGate:
 
     The unit is the time p of a plain round, one without drafting, and c is the time of a drafting one over p. Drafting
     goes on until it has lost more than `patience` against plain decoding of the same tokens; gains count against
-    losses, the last `savings` of them; both over the root of the number of requests. Then follow `first_interval`
-    plain rounds and another try, and after each try that fails twice as many, up to `max_interval`; one that gains
-    `patience` brings the first interval back.
+    losses, the last `savings` of them. Then follow `first_interval` plain rounds and another try, and after each try
+    that fails twice as many, up to `max_interval`; one that gains `patience` brings the first interval back.
 
     Never slower than plain by more than the tries cost: each loses at most patience + c - 1, for a round emits a token
     a request in any case. On N tokens a request of a text on which drafting always loses there are at most
     1 + log2(max_interval / first_interval) + N / max_interval tries, on any text 1 + N / first_interval. Where
     drafting pays again, it is tried within `max_interval` rounds.
 
-    Requests that wait for each other (`rooms`) gain only what the last of them to end gains.
+    Requests that wait for each other (`rooms`) gain only what the last of them to end gains. As the luck of a single
+    one decides then, patience is twice as long.
 
     Times are the table's unless `observe` is given measured ones. Then a plain round is put in now and then, at
     most every 64th, to know what plain decoding takes now.
@@ -98,7 +97,8 @@ class DraftGate:
             draft_seconds *= median(self._draft_factors)
             plain_seconds *= median(self._plain_factors)
             saved_seconds *= median(self._plain_factors)
-        self._after_drafting_round((draft_seconds - saved_seconds) / plain_seconds, num_requests)
+        patience = self.patience * (1 if rooms is None or num_requests == 1 else 2)
+        self._after_drafting_round((draft_seconds - saved_seconds) / plain_seconds, patience)
 
     def _plain_seconds(self, rooms: Sequence[int]) -> float:
         """Of plain rounds that fill `rooms`; a request that is full takes no more time."""
@@ -124,10 +124,8 @@ class DraftGate:
             self._waited += 1
             self._to_wait -= 1
 
-    def _after_drafting_round(self, loss: float, num_requests: int) -> None:
-        # The mean over R requests varies less from round to round, as one over the root of R.
-        patience, savings = (limit / sqrt(num_requests) for limit in (self.patience, self.savings))
-        self._lost = max(self._lost + loss, -savings)
+    def _after_drafting_round(self, loss: float, patience: float) -> None:
+        self._lost = max(self._lost + loss, -self.savings)
         if self._lost <= -patience:
             self._interval, self._failed_texts, self._has_failed = self.first_interval, 0, False
         if self._lost > patience:

@@ -97,7 +97,7 @@ class ThroughputSchedule(Schedule):
     Args:
         num_tokens: at most so many drafted tokens a request; None is the whole block.
         packed: whether the forward holds just the admitted tokens. Otherwise shorter rows are padded to the longest,
-            so all requests verify the same number; so generate() asks, which pads (`padded`).
+            so all requests verify the same number; so generate() asks (`padded`) where it cannot pack.
         gate: decides whether a round drafts at all; default is one with the same table.
     """
 

@@ -583,15 +583,13 @@ def test_loop_stops_drafting_where_it_does_not_pay_and_only_there(draft_seconds,
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("num_requests", [1, 4, 16])
-def test_gate_loses_patience_with_a_batch_sooner_by_the_root_of_its_size(num_requests):
-    gate = DraftGate(_gate_table(1.0), patience=2.0)
-    cost = (gate.cost_table.seconds(num_requests) + gate.cost_table.draft_seconds(num_requests)) / (
-        gate.cost_table.seconds(num_requests)
-    )
+@pytest.mark.parametrize(("num_requests", "waits", "patience"), [(1, True, 2.0), (4, False, 2.0), (4, True, 4.0)])
+def test_gate_is_twice_as_patient_where_the_luck_of_one_request_decides(num_requests, waits, patience):
+    gate = DraftGate(CostTable([1, 8], [1.0, 1.0], 8, [1], [0.25]), patience=2.0)
     rounds = 0
-    while gate.should_draft():
+    while gate.should_draft():  # a quarter of a plain round is lost in each
         rounds += 1
-        gate.observe(round((cost - 0.1) * num_requests * 1000) / 1000, 0, num_requests=num_requests)  # 0.1 lost
+        rooms = ([100 - rounds] * num_requests, [99 - rounds] * num_requests) if waits else None
+        gate.observe(num_requests, 0, num_requests=num_requests, rooms=rooms)
         assert rounds < 100
-    assert rounds == pytest.approx(2.0 / num_requests**0.5 / 0.1, abs=1)
+    assert rounds == patience / 0.25 + 1
