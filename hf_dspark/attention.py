@@ -14,7 +14,7 @@ from .dispatch import note, with_kernel
 
 _HALF = (torch.float16, torch.bfloat16)
 # Such a CPU multiplies bf16 matrices twice as fast as torch's sdpa, which does it in fp32.
-_MULTIPLIES_BF16 = torch.cpu._is_avx512_bf16_supported()
+_MULTIPLIES_BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 _flash_forward = torch.ops.aten._flash_attention_forward
 
 
