@@ -16,7 +16,8 @@ import time
 import torch
 import transformers
 
-from hf_dspark import DSparkDraftModel, GenerationRequest, generate_many
+from hf_dspark import DSparkDraftModel, GenerationRequest, ThroughputSchedule, generate_many
+from hf_dspark.costs import load_or_profile
 from hf_dspark.demo import demo_draft_folder, load_demo_target
 from hf_dspark.doctor import PROMPTS
 from hf_dspark.eval.prompts import encode_prompt, read_prompts
@@ -32,9 +33,12 @@ def main() -> None:
     prompts = PROMPTS if args.prompts is None else read_prompts(args.prompts, args.num_requests).texts
     requests = make_requests(tokenizer, prompts, args.num_requests, args.max_new_tokens)
 
+    schedule = None
+    if args.throughput:
+        schedule = ThroughputSchedule(load_or_profile(target, draft, batch_size=args.batch_size))
     arms = {
         "plain": lambda some: plain_batches(target, tokenizer, some, args.batch_size),
-        "generate_many": lambda some: serve(target, draft, some, args.batch_size),
+        "generate_many": lambda some: serve(target, draft, some, args.batch_size, schedule),
     }
     rates: dict[str, list[float]] = {name: [] for name in arms}
     for run in arms.values():
@@ -60,9 +64,9 @@ def make_requests(tokenizer, prompts, count: int, longest: int) -> list[Generati
     return [GenerationRequest(ids[i % len(ids)], rng.randint(8, longest), do_sample=False) for i in range(count)]
 
 
-def serve(target, draft, requests: list[GenerationRequest], batch_size: int) -> int:
+def serve(target, draft, requests: list[GenerationRequest], batch_size: int, schedule) -> int:
     """New tokens of all requests."""
-    results = generate_many(target, draft, requests, max_rows=batch_size)
+    results = generate_many(target, draft, requests, max_rows=batch_size, schedule=schedule)
     errors = [result.error for result in results if result.error is not None]
     if errors:
         raise RuntimeError(f"{len(errors)} requests failed, the first with: {errors[0]}")
@@ -95,6 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="rows decoded at once, in both arms")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="of the longest answer")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help="jsonl with `turns`; default: ten of our own, in turn")
+    parser.add_argument("--throughput", action="store_true", help="with ThroughputSchedule, not whole blocks")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     parser.add_argument("--device", default="cpu")

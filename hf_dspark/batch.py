@@ -41,7 +41,8 @@ class RowBatch:
         num_rows: at most so many rows at a time.
         num_slots: of a row to begin with.
         compiled: rounds of fixed shapes, for rows that all come in at once and stay.
-        whole_blocks: also where all rows end sooner, so that a row draws as many random numbers as it would alone.
+        is_refilled: rows that end make place for others, so none waits for the last. Blocks are whole also where all
+            rows end sooner, so that a row draws as many random numbers as it would alone.
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class RowBatch:
         *,
         num_rows: int,
         num_slots: int,
-        whole_blocks: bool = False,
+        is_refilled: bool = False,
         compiled: CompiledRound | None = None,
     ):
         self.draft, self.target, self.tap, self.schedule = draft, target, tap, schedule
-        self.compiled = compiled
+        self.compiled, self.is_refilled = compiled, is_refilled
         self.forward = target if compiled is None else compiled.target_forward
         self.agreement = Agreement(target)
         self.rows: list[Row] = []
@@ -72,7 +73,7 @@ class RowBatch:
             SlotCache([None] * draft.config.num_hidden_layers, num_rows, num_slots),
             schedule,
             self.agreement,
-            whole_blocks=whole_blocks or compiled is not None,
+            whole_blocks=is_refilled or compiled is not None,
             compiled=compiled,
         )
         self._lengths: list[int] = []  # of the last round, verify lengths
@@ -184,7 +185,8 @@ class RowBatch:
         verified = width * len(self.rows) if packing is None else sum(self._lengths)
         verified = None if block is None else verified
         measured = {"seconds": None if self.agreement.is_needed else watch.host_seconds() - start}
-        measured |= {"num_requests": len(self.rows), "rooms": _rooms_after(self.rows, rooms, emission)}
+        rooms = None if self.is_refilled else _rooms_after(self.rows, rooms, emission)
+        measured |= {"num_requests": len(self.rows), "rooms": rooms}
         self.schedule.observe(sum(emission.counts), verified, **measured)
         return emission, logits, outputs
 

@@ -26,7 +26,7 @@ from .dispatch import load_kernels, report
 from .features import FeatureTap
 from .limits import check_compiled, check_prompt_length, check_request
 from .rollback import MAX_PENDING, Rewinder, recording_past, why_not_reversible
-from .schedule import ConfidenceThreshold, FixedLength, schedule_from
+from .schedule import Schedule, schedule_from
 from .state import Decision, DecodeState, DraftBlock, DraftContext, GenerationStats, RoundRecord, Verification
 from .terms import Terms, Verdicts
 from .verify import extras_of_tokens, read_pending, read_verification, verify_block
@@ -56,7 +56,7 @@ class SpeculativeDecoding:
         *,
         streamer=None,
         synced_gpus: bool = False,
-        schedule: FixedLength | ConfidenceThreshold | None = None,
+        schedule: Schedule | None = None,
         generator: torch.Generator | None = None,
         loop: str = "dspark",
         **model_kwargs: Any,
@@ -70,6 +70,13 @@ class SpeculativeDecoding:
             raise ValueError(f'`loop` must be "dspark" (the default) or "transformers", got {loop!r}.')
         check_request(target, input_ids, synced_gpus)
         self.bind_target(target)
+        arguments = (target, input_ids, logits_processor, stopping_criteria, generation_config)
+        call = _Call(self, *arguments, schedule=self.schedule_or_own(schedule), generator=generator)
+        run = call.run if loop == "dspark" else call.run_in_transformers
+        return run(model_kwargs, streamer)
+
+    def schedule_or_own(self, schedule: Schedule | None) -> Schedule:
+        """`schedule`, or the one that the draft's generation config asks for. Raises ValueError where it cannot be."""
         if schedule is None:
             own = self.generation_config
             schedule = schedule_from(own.num_assistant_tokens, own.assistant_confidence_threshold)
@@ -78,10 +85,7 @@ class SpeculativeDecoding:
                 f"{schedule} needs a confidence head, and this draft has none. Use FixedLength, or set "
                 "`draft.generation_config.assistant_confidence_threshold` to None."
             )
-        arguments = (target, input_ids, logits_processor, stopping_criteria, generation_config)
-        call = _Call(self, *arguments, schedule=schedule, generator=generator)
-        run = call.run if loop == "dspark" else call.run_in_transformers
-        return run(model_kwargs, streamer)
+        return schedule
 
     def compile_round(self, target: PreTrainedModel, **options: Any) -> None:
         """Have generate() of `target` with this draft run its rounds through torch.compile, in fixed shapes.

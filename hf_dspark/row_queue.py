@@ -20,7 +20,7 @@ from .features import FeatureTap
 from .generate import Stopwatch
 from .limits import check_batch, check_prompt_length
 from .rows import Emission, Row
-from .schedule import schedule_from
+from .schedule import Schedule
 from .slots import GROWTH, why_not_in_slots
 from .state import GenerationStats
 from .terms import Terms
@@ -80,16 +80,16 @@ class RowQueue:
         draft: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         max_rows: int,
+        schedule: Schedule | None = None,
     ):
         check_batch(target, draft)
         draft.bind_target(target)
         load_kernels()
         self.target, self.tokenizer = target, tokenizer
-        own = draft.generation_config
-        self.schedule = schedule_from(own.num_assistant_tokens, own.assistant_confidence_threshold)
+        self.schedule = draft.schedule_or_own(schedule)
         self.tap = FeatureTap(target, draft.config.target_layer_ids, by_hooks=True)
         sizes = {"num_rows": max_rows, "num_slots": GROWTH}
-        self.batch = RowBatch(draft, target, self.tap, self.schedule, **sizes, whole_blocks=True)
+        self.batch = RowBatch(draft, target, self.tap, self.schedule, **sizes, is_refilled=True)
         self._max_rows = max_rows
         self._watch = Stopwatch(target.device)
         self._live: dict[int, _Live] = {}

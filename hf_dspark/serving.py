@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .row_queue import Outcome, QueuedRequest, RowQueue, Settings
+from .schedule import Schedule
 from .state import GenerationStats
 
 
@@ -54,13 +55,15 @@ def generate_many(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_rows: int = 8,
+    schedule: Schedule | None = None,
 ) -> list[GenerationResult]:
     """Continue every request as `target` would, at most `max_rows` at once; results in the order of the requests.
 
     `tokenizer` is needed for prompts that are text or messages, for stop strings, and for the results' texts. Whatever
-    is wrong with one request becomes its result's `error`; the others go on.
+    is wrong with one request becomes its result's `error`; the others go on. `schedule` is as in generate(); one that
+    looks at all rows, such as ThroughputSchedule, makes the tokens of a `seed` depend on other requests.
     """
-    results = run_requests(target, draft, requests, tokenizer=tokenizer, max_rows=max_rows)
+    results = run_requests(target, draft, requests, tokenizer=tokenizer, max_rows=max_rows, schedule=schedule)
     return sorted(results, key=lambda result: result.index)
 
 
@@ -71,13 +74,14 @@ def run_requests(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_rows: int = 8,
+    schedule: Schedule | None = None,
 ) -> Iterator[GenerationResult]:
     """The results of `generate_many` as they finish."""
     if max_rows < 1:
         raise ValueError(
             f"`max_rows` is the number of requests decoded at once and must be at least 1, got {max_rows}."
         )
-    queue = RowQueue(target, draft, tokenizer, max_rows)
+    queue = RowQueue(target, draft, tokenizer, max_rows, schedule)
     waiting: list[QueuedRequest] = []
     for index, request in enumerate(requests):
         try:

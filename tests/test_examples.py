@@ -69,7 +69,7 @@ def test_generate_many_benchmark_counts_the_same_tokens_in_both_arms(random_pair
     draft = DSparkDraftModel.from_pretrained(random_pair.draft, target=target)
     expected = sum(request.max_new_tokens for request in requests)
     assert script["plain_batches"](target, tokenizer, requests, 2) == expected
-    assert script["serve"](target, draft, requests, 2) == expected
+    assert script["serve"](target, draft, requests, 2, None) == expected
 
 
 def test_notebook_is_stored_without_outputs():

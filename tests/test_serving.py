@@ -7,7 +7,15 @@ import torch
 from tiny import make_tiny_draft, make_tiny_target, plain
 from tiny_files import byte_tokenizer
 
-from hf_dspark import GenerationRequest, generate_many
+from hf_dspark import (
+    ConfidenceThreshold,
+    CostTable,
+    FixedLength,
+    GenerationRequest,
+    ThroughputSchedule,
+    generate_many,
+)
+from hf_dspark.schedule import DraftGate
 from hf_dspark.serving import run_requests
 
 TEMPLATE = "{% if messages[0].role == 'nobody' %}{{ raise_exception('Unknown role') }}{% endif %}"
@@ -57,6 +65,29 @@ def test_greedy_results_equal_plain_generation_in_the_order_of_the_requests(serv
     assert [result.index for result in results] == [0, 1, 2, 3]
     assert [result.text for result in results] == [tokenizer.decode(ids) for ids in expected]
     assert [result.stats.tokens for result in results] == counts
+
+
+TABLE = CostTable([1, 2, 8], [1.0, 0.99, 0.9], 16)
+
+
+@pytest.mark.parametrize("schedule", [FixedLength(0), ConfidenceThreshold(0.5), ThroughputSchedule(TABLE)], ids=str)
+def test_schedule_of_the_callers_choice_leaves_greedy_results_as_they_are(schedule, target, draft, monkeypatch):
+    seen = []
+    monkeypatch.setattr(DraftGate, "observe", lambda self, *args, **measured: seen.append(measured["rooms"]))
+    prompts = [[5, 9, 2], [7], [3, 3, 8, 1, 6]]
+    requests = [GenerationRequest(ids, max_new_tokens=20) for ids in prompts]
+    results = generate_many(target, draft, requests, max_rows=2, schedule=schedule)
+    assert _token_ids(results) == [_plain_ids(target, ids, 20) for ids in prompts]
+    drafts = [bool(result.stats.acceptance_at) for result in results]
+    assert drafts == [schedule != FixedLength(0)] * 3
+    assert set(seen) <= {None}  # rows are refilled: none waits for the last
+    assert bool(seen) == isinstance(schedule, ThroughputSchedule)
+
+
+def test_schedule_that_the_draft_cannot_serve_is_refused_before_anything_is_decoded(target):
+    draft = make_tiny_draft(target, confidence=False)
+    with pytest.raises(ValueError, match="needs a confidence head"):
+        generate_many(target, draft, [GenerationRequest([1, 2])], schedule=ConfidenceThreshold(0.5))
 
 
 def test_text_messages_and_token_ids_are_prompts(serve, tokenizer):
