@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from hf_dspark import ConfidenceThreshold, CostTable, FixedLength, ThroughputSchedule
 from hf_dspark.compat import CACHE
+from hf_dspark.schedule import DraftGate
 
 BATCHED = [kind for kind in KINDS if kind != "lfm2"]
 
@@ -216,11 +217,12 @@ def test_ended_rows_are_in_no_later_forward_and_nothing_is_read_twice():
 
 
 COSTS = CostTable([1, 4, 16, 64], [10.0, 9.0, 7.0, 3.0], 64)
+OPEN = DraftGate(COSTS, patience=1e9)  # whatever rounds take here
 SCHEDULES = {
     "confidence": ConfidenceThreshold(0.5),
-    "throughput": ThroughputSchedule(COSTS),
-    "throughput, padded": ThroughputSchedule(COSTS, packed=False),
-    "throughput, asynchronous": ThroughputSchedule(COSTS, mode="asynchronous", num_tokens=3),
+    "throughput": ThroughputSchedule(COSTS, gate=OPEN),
+    "throughput, padded": ThroughputSchedule(COSTS, packed=False, gate=OPEN),
+    "throughput, asynchronous": ThroughputSchedule(COSTS, mode="asynchronous", num_tokens=3, gate=OPEN),
     "none": FixedLength(0),
     "two": FixedLength(2),
 }
