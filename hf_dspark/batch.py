@@ -182,8 +182,9 @@ class RowBatch:
             emitted = emission.token_ids[place : place + 1, :count]
             figures = (self._lengths[place], emission.num_accepted[place], emitted)
             row.records.append(RoundRecord.of(block, *figures, row=row.index, row_of_block=place))
-        verified = width * len(self.rows) if packing is None else sum(self._lengths)
-        verified = None if block is None else verified
+        verified = None
+        if block is not None:
+            verified = width * len(self.rows) if packing is None else sum(self._lengths)
         measured = {"seconds": None if self.agreement.is_needed else watch.host_seconds() - start}
         rooms = None if self.is_refilled else _rooms_after(self.rows, rooms, emission)
         measured |= {"num_requests": len(self.rows), "rooms": rooms}

@@ -5,7 +5,18 @@ from itertools import zip_longest
 import pytest
 import torch
 from tiny import HEADS, KINDS, QUALITIES, NextToken, make_tiny_draft, make_tiny_target, speculate
-from tiny_batch import AHEAD, LENGTHS, MANY, NEW_TOKENS, Rows, assert_as_scripted, make_rows, new_tokens_of, rounds_of
+from tiny_batch import (
+    AHEAD,
+    LENGTHS,
+    MANY,
+    NEW_TOKENS,
+    Rows,
+    assert_as_scripted,
+    assert_equal_to_plain,
+    make_rows,
+    new_tokens_of,
+    rounds_of,
+)
 from transformers import DynamicCache
 
 from hf_dspark import ConfidenceThreshold, CostTable, FixedLength, ThroughputSchedule
@@ -21,11 +32,7 @@ BATCHED = [kind for kind in KINDS if kind != "lfm2"]
 def test_greedy_rows_equal_plain_and_rounds_are_as_good_as_the_draft(kind, quality):
     """Past the sliding window; 2, 3 or 16 rows with left padding."""
     rows = make_rows(kind, {"garbage": (1, 14), "noisy": MANY}.get(quality, LENGTHS))
-    draft = rows.draft(quality)
-    output = rows.speculate(draft)
-    assert output.sequences.tolist() == rows.said[:, :-AHEAD].tolist()
-    if QUALITIES[quality] is not None:
-        assert_as_scripted(rows, draft, output)
+    assert_equal_to_plain(rows, quality)
 
 
 @pytest.mark.core

@@ -72,3 +72,12 @@ def assert_as_scripted(rows: Rows, draft: ScriptedRows, output, eos: list[int] =
         prompt = rows.unpadded(rows.said)[row][:length]
         assert rounds_of(output, row) == draft.scripted_rounds(prompt + new, length)
     assert draft.last_stats.tokens == sum(map(len, ends))
+
+
+def assert_equal_to_plain(rows: Rows, quality: str):
+    """All rows say what plain generate() says, in rounds that are as good as the draft."""
+    draft = rows.draft(quality)
+    output = rows.speculate(draft)
+    assert output.sequences.tolist() == rows.said[:, :-AHEAD].tolist()
+    if QUALITIES[quality] is not None:
+        assert_as_scripted(rows, draft, output)
