@@ -116,9 +116,10 @@ class BatchCall:
         counts = (slots[:, -1] + 1).tolist()
         length = self.input_ids.shape[1]
         self.rows = [Row(i, self.terms, self.terms.max_length, length, n) for i, n in enumerate(counts)]
-        num_slots = max(counts) + self.draft.config.num_block_inputs
+        num_inputs = self.draft.config.num_block_inputs
+        num_slots = max(counts) + num_inputs
         if self.compiled is not None:
-            num_slots = self.compiled.num_slots(self.terms.max_length)
+            num_slots = self.compiled.num_slots(self.terms.max_length + num_inputs)
         sizes = {"num_rows": len(self.rows), "num_slots": num_slots}
         batch = RowBatch(self.draft, self.target, tap, self.schedule, **sizes, compiled=self.compiled)
         position_ids = model_kwargs.get("position_ids")

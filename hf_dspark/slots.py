@@ -29,7 +29,7 @@ class SlotCache(Cache):
 
     Args:
         windows: the sliding window of each layer, None where it sees everything. Slots exist for all tokens.
-        num_slots: of a row to begin with; it grows when needed.
+        num_slots: of a row to begin with, one of them for tokens without a slot; it grows when needed.
         is_static: all slots are read in every forward, and layers stay where they are in memory.
     """
 
@@ -47,20 +47,22 @@ class SlotCache(Cache):
     def place(self, slots: torch.Tensor, stop: int, *, first_row: int = 0, packing: Packing | None = None) -> None:
         """The next forward writes to `slots` [R, T] of rows from `first_row` on, and reads slots before `stop`.
 
-        Tokens whose slot is not below `stop` are written where nothing is read. With `packing` they come packed.
+        Tokens whose slot is not below `stop` are written to the last slot of their row, which nothing sees. With
+        `packing` they come packed.
         """
         is_on_cpu = slots.device.type == "cpu"
-        if stop > self.num_slots and not self.is_static:
-            growth = max(GROWTH // 4, self.num_slots // 16) if is_on_cpu else max(GROWTH, self.num_slots // 2)
-            self.num_slots = max(stop, self.num_slots + growth)
+        if stop >= self.num_slots and not self.is_static:
+            growth = max(GROWTH // 4, self.num_slots // 16) if is_on_cpu else max(GROWTH, self.num_slots // 8)
+            self.num_slots = max(stop + 1, self.num_slots + growth)
+        last = self.num_slots - 1
+        is_there = slots < min(stop, last)
         # Keys side by side in memory: a CPU multiplies them twice as fast as it copies and multiplies others.
         if self.is_static or (is_on_cpu and 2 * stop > self.num_slots):
             stop = self.num_slots
         self.first_row, self.stop, self.columns = first_row, stop, None
         self.num_placed, self.num_tokens = slots.shape
-        is_there = slots < stop
         rows = torch.arange(first_row, first_row + len(slots), device=slots.device).unsqueeze(-1)
-        self.rows, self.slots = torch.where(is_there, rows, self.num_rows), torch.where(is_there, slots, 0)
+        self.rows, self.slots = rows.expand(slots.shape), torch.where(is_there, slots, last)
         if packing is not None:
             self.rows, self.slots = packing.pack(self.rows), packing.pack(self.slots)
 
@@ -90,7 +92,7 @@ class SlotCache(Cache):
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer of a SlotCache: keys and values [rows and one that is never read, heads, slots, head size]."""
+    """One layer of a SlotCache: keys and values [rows, heads, slots, head size]."""
 
     is_croppable = True
 
@@ -137,11 +139,11 @@ class SlotLayer(CacheLayerMixin):
 
     def _empty(self, states: torch.Tensor) -> torch.Tensor:
         place = self._placement
-        return states.new_zeros(place.num_rows + 1, states.shape[1], place.num_slots, states.shape[3])
+        return states.new_zeros(place.num_rows, states.shape[1], place.num_slots, states.shape[3])
 
     def _grown(self, states: torch.Tensor) -> torch.Tensor:
         grown = self._empty(states)
-        grown[:, :, : states.shape[2]] = states
+        grown[:, :, : states.shape[2] - 1] = states[:, :, :-1]
         return grown
 
 

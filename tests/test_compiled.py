@@ -48,7 +48,7 @@ def _speculate(target, draft, ids, **kwargs):
 def test_nothing_is_compiled_again_over_prompts_of_fifty_lengths(pair):
     target, draft = pair
     accepted = []
-    for length in [*range(1, 51), 236]:  # with the last, every slot is used
+    for length in [*range(1, 51), 236 - draft.config.num_block_inputs]:  # with the last, every slot is used
         prompt = random_prompt(VOCAB, length, seed=length)
         output = _speculate(target, draft, prompt, max_new_tokens=20)
         assert output.sequences.tolist() == plain(target, prompt, max_new_tokens=20).tolist()
@@ -119,7 +119,8 @@ def test_what_is_written_is_where_it_was_in_memory_in_the_next_call(pair):
     target, draft = pair
     compiled, addresses = draft.compiled_rounds[target], set()
     # The last needs all slots, and its rounds are eager but for the forwards.
-    for length, settings in ((4, {}), (9, {}), (248, {"repetition_penalty": 1.1})):
+    longest = 248 - draft.config.num_block_inputs
+    for length, settings in ((4, {}), (9, {}), (longest, {"repetition_penalty": 1.1})):
         _speculate(target, draft, _rows(length, 1), max_new_tokens=8, **settings)
         (caches,), (columns,) = compiled._caches.values(), compiled._columns.values()
         (frame,) = compiled._frames.values()

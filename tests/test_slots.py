@@ -66,11 +66,11 @@ def test_rows_hold_what_was_written_last_through_swaps_and_growth():
     assert all(len(row) > 5 for row in held)
 
 
-def test_tokens_without_a_slot_are_written_where_nothing_is_read():
+def test_tokens_without_a_slot_are_written_to_the_last_one_which_growth_leaves_behind():
     cache = SlotCache([None], 2, 4)
     cache.place(torch.tensor([[0, PADDING], [5, 1]]), 3)
     keys, _ = cache.update(torch.ones(2, 1, 2, 1), torch.ones(2, 1, 2, 1), 0)
-    assert keys[..., 0].squeeze(1).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
+    assert keys[..., 0].squeeze(1).tolist() == [[1, 0, 0, 1], [0, 1, 0, 1]]
     cache.place(torch.tensor([[1], [2]]), 300)
     keys, _ = cache.update(torch.full((2, 1, 1, 1), 2.0), torch.ones(2, 1, 1, 1), 0)
     assert keys[..., 0].squeeze(1)[:, :3].tolist() == [[1, 2, 0], [0, 1, 2]]
