@@ -21,10 +21,10 @@ from .compiled import CompiledRound
 from .dispatch import note
 from .features import FeatureTap
 from .packing import Packing
-from .rows import Columns, Emission, Emit, Row, advance, groups_of, pad_ended, rows_of, up_to_stop
+from .rows import Columns, Emission, Emit, Row, advance, groups_of, on_device, pad_ended, rows_of, up_to_stop
 from .sampling import Prefixes
 from .schedule import Schedule
-from .slots import SlotCache, move_into_slots, windows_of
+from .slots import PADDING, SlotCache, move_into_slots, windows_of
 from .state import Choice, DecodeState, DraftBlock, RoundRecord
 from .terms import Verdicts
 from .traced import attention_to_slots
@@ -95,15 +95,19 @@ class RowBatch:
         first = len(self.rows)
         if self.cache is None:
             self.cache = self._new_cache(cache)
-        move_into_slots(cache, slots, self.cache, slots.shape[1], first_row=first)
-        self.token_types = token_types
-        self.columns.put(first, input_ids, slots[:, -1], positions)
         for place, row in enumerate(rows, first):
             row.place = place
+        move_into_slots(cache, slots, self.cache, slots.shape[1], first_row=first)
+        self.token_types = token_types
+        self.columns.put(rows, input_ids, slots[:, -1], positions)
+        for row in rows:
             if not row.terms.rule.is_prefix_free:
                 self._calls.setdefault(id(row.terms), []).append(row)
         self.rows += rows
-        self.drafting.admit(rows, features, slots[:, -features.shape[1] :])
+        has_padding, slots = slots.shape[1] > rows[0].num_slots, slots[:, -features.shape[1] :]
+        if self.drafting.is_single and has_padding:  # for which a draft of one row has no use
+            features, slots = features[:, slots[0] < PADDING], slots[:, slots[0] < PADDING]
+        self.drafting.admit(rows, features, slots)
 
     def _new_cache(self, prefilled: Cache) -> SlotCache:
         """Slots for the target's layers; compiled rounds bring both caches with them."""
@@ -141,7 +145,7 @@ class RowBatch:
                 order[place], order[last] = order[last], order[place]
         going_on = {id(row.terms) for row in self.rows}
         self._calls = {call: rows for call, rows in self._calls.items() if call in going_on}
-        index = torch.tensor(order, device=self.columns.ids.device)
+        index = on_device(order, self.columns.ids.device)
         self.columns.reorder(index)
         self.drafting.reorder(index, len(self.rows), finished, keep=keep)
 
@@ -210,11 +214,12 @@ class RowBatch:
         """
         columns = torch.arange(draft_ids.shape[1] + 1, device=self.columns.ids.device)
         slots = self.columns.anchor_slots(self.rows).unsqueeze(-1) + columns
-        self.cache.place(slots, max(row.num_slots for row in self.rows) + draft_ids.shape[1], packing=packing)
+        longest = max(row.num_slots for row in self.rows)
+        start = longest - 1 if len(self.rows) == 1 and self.compiled is None else None
+        settings = {"first_row": self.rows[0].place, "start": start, "packing": packing}
+        self.cache.place(slots, longest + draft_ids.shape[1], **settings)
         tokens = torch.cat([self.columns.anchors(self.rows).unsqueeze(-1), draft_ids], dim=1)
-        # Drafted tokens behind the last that a row has room for are read where a position is sure to exist.
-        last = torch.tensor([row.num_slots + row.room - 2 for row in self.rows], device=slots.device).unsqueeze(-1)
-        of_tokens = {"input_ids": tokens, "position_ids": self.columns.positions(slots.minimum(last), self.rows)}
+        of_tokens = {"input_ids": tokens, "position_ids": self.columns.positions_with_room(slots, self.rows)}
         of_tokens |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
         arguments = {CACHE: self.cache, "use_cache": True, **self.tap.forward_kwargs}
         arguments |= attention_to_slots(self.target, self.cache, slots)
@@ -309,7 +314,7 @@ class RowBatch:
         groups, choices = groups_of(rows), []
         for terms, group in groups:
             is_all = len(group) == len(rows)
-            index = slice(None) if is_all else torch.tensor(group, device=logits.device)
+            index = slice(None) if is_all else on_device(group, logits.device)
             # A row by itself draws random numbers for its own tokens only, whatever others verify.
             width = self._lengths[group[0]] if len(group) == 1 and limits is not None else draft_ids.shape[1]
             prefixes = None
@@ -323,7 +328,7 @@ class RowBatch:
             if is_all and width == draft_ids.shape[1]:
                 return choice
             choices.append((pad(choice.token_ids, (0, draft_ids.shape[1] - width)), choice.num_accepted))
-        order = torch.tensor([i for _, group in groups for i in group], device=logits.device).argsort()
+        order = on_device([i for _, group in groups for i in group], logits.device).argsort()
         tokens, num_accepted = (torch.cat(parts)[order] for parts in zip(*choices, strict=True))
         return Choice(tokens, num_accepted, None)
 

@@ -13,10 +13,11 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from .accept import choose_tokens
 from .batch import RowBatch
+from .candidate_generator import context_of
 from .compiled import CompiledRound
 from .features import FeatureTap
 from .limits import check_batch, check_padding, check_prompt_length, refuse_batch
-from .rows import Emission, Row, pad_ended, rows_of
+from .rows import Emission, Row, on_device, pad_ended, rows_of
 from .schedule import Schedule
 from .slots import PADDING, move_out_of_slots, why_not_in_slots
 from .state import DecodeState, DraftBlock, RoundRecord, Verification
@@ -74,10 +75,13 @@ class BatchCall:
         check_prompt_length(self.target, cache, length + features.shape[1])
         with attention:
             slots = self._slots(model_kwargs, cache)
-            batch = self._admit(model_kwargs, cache, slots, tap, features)
-            self._rounds(batch, outputs, streamer, keep=returns_cache)
-            if returns_cache:
-                self._give_back(batch, cache, slots)
+            batch = self._new_batch(slots, tap)
+            try:
+                self._admit(batch, model_kwargs, cache, slots, features)
+                self._rounds(batch, outputs, streamer, keep=returns_cache)
+            finally:  # also after a streamer or a criterion raised
+                if returns_cache:
+                    self._give_back(batch, cache, slots)
         if streamer is not None:
             streamer.end()
         return self._sequences(batch)
@@ -112,7 +116,7 @@ class BatchCall:
             batch.drop(ended, keep=keep)
         return all(row.ended for row in batch.rows)
 
-    def _admit(self, model_kwargs, cache: Cache, slots: torch.Tensor, tap: FeatureTap, features) -> RowBatch:
+    def _new_batch(self, slots: torch.Tensor, tap: FeatureTap) -> RowBatch:
         counts = (slots[:, -1] + 1).tolist()
         length = self.input_ids.shape[1]
         self.rows = [Row(i, self.terms, self.terms.max_length, length, n) for i, n in enumerate(counts)]
@@ -121,25 +125,28 @@ class BatchCall:
         if self.compiled is not None:
             num_slots = self.compiled.num_slots(self.terms.max_length + num_inputs)
         sizes = {"num_rows": len(self.rows), "num_slots": num_slots}
-        batch = RowBatch(self.draft, self.target, tap, self.schedule, **sizes, compiled=self.compiled)
+        return RowBatch(self.draft, self.target, tap, self.schedule, **sizes, compiled=self.compiled)
+
+    def _admit(self, batch: RowBatch, model_kwargs, cache: Cache, slots: torch.Tensor, features) -> None:
         position_ids = model_kwargs.get("position_ids")
         positions = slots[:, -1] if position_ids is None else position_ids[:, -1].to(slots.device)
         types = tuple(name for name in TOKEN_TYPES if model_kwargs.get(name) is not None)
         batch.admit(list(self.rows), self.input_ids, cache, slots, positions, features, types)
         self._take_over_context(batch, cache, slots[:, : -features.shape[1]])
-        return batch
 
     def _take_over_context(self, batch: RowBatch, cache: Cache, slots: torch.Tensor) -> None:
         """Let the draft go on from an earlier call on this cache, whose columns have `slots` [B, n]."""
-        context = self.draft.contexts.pop(cache, None)
-        if context is None or context.target_length != slots.shape[1] or not context.cache.is_initialized:
+        context = context_of(self.draft, cache, slots.shape[1])
+        del self.draft.contexts[cache]  # its cache is emptied, as the target's
+        batch.drafting.is_whole = slots.shape[1] == 0
+        if context.last_position is None or len(context.last_position) != len(slots):
             return
         num_known = context.cache.get_seq_length() + sum(part.shape[1] for part in context.features)
         if len(slots) == 1:  # of a single sequence it never reads the padding
             slots = slots[:, slots[0] < PADDING]
-        slots = slots[:, -num_known:]
-        if slots.shape[1] == num_known and len(context.cache.layers[0].keys) == len(slots):
-            batch.drafting.take_over(context, slots)
+        if num_known <= slots.shape[1]:
+            batch.drafting.is_whole = num_known == slots.shape[1]
+            batch.drafting.take_over(context, slots[:, -num_known:])
 
     def _slots(self, model_kwargs: dict[str, Any], cache: Cache) -> torch.Tensor:
         """The slot [B, C] of each column of the prefilled cache."""
@@ -177,24 +184,28 @@ class BatchCall:
         length = max(row.length for row in self.rows)
         column = torch.arange(length, device=batch.columns.ids.device)
         places = [row.place for row in self.rows]
-        lengths = torch.tensor([row.length for row in self.rows], device=batch.columns.ids.device).unsqueeze(-1)
+        lengths = on_device([row.length for row in self.rows], batch.columns.ids.device).unsqueeze(-1)
         sequences = torch.where(column < lengths, batch.columns.ids[places, :length], self.terms.pad_token_id)
         return sequences.to(self.input_ids.device)
 
     def _give_back(self, batch: RowBatch, cache: Cache, slots: torch.Tensor) -> None:
         """Fill the call's cache with all columns but the last, and keep the draft's context for the next turn.
 
-        Padding behind ended rows holds zeros, plain generate()'s the states of its padding tokens; masks hide both.
+        Before all rows ended, with as many columns as every row has. Padding behind ended rows holds zeros, plain
+        generate()'s the states of its padding tokens; masks hide both.
         """
         batch.take_back(self.rows)
-        # The last token of each row, which no forward has read yet; a shape that compiled rounds do not have.
-        _, outputs = batch.verify(self.input_ids[:, :0], self.target)
-        features = batch.tap.take(outputs)
-        length = max(row.length for row in self.rows) - 1
-        new = torch.arange(length - slots.shape[1], device=slots.device) + slots[:, -1:] + 1
-        counts = torch.tensor([row.num_slots for row in self.rows], device=slots.device).unsqueeze(-1)
+        is_over = all(row.ended for row in self.rows)
+        num_new = (max if is_over else min)(row.length for row in self.rows) - self.input_ids.shape[1]
+        features = None
+        if any(row.num_emitted < num_new for row in self.rows):
+            # The last token of each row, which no forward has read yet; a shape that compiled rounds do not have.
+            _, outputs = batch.verify(self.input_ids[:, :0], self.target)
+            features = batch.tap.take(outputs)
+        new = torch.arange(max(num_new - 1, 0), device=slots.device) + slots[:, -1:] + 1
+        counts = on_device([row.num_slots for row in self.rows], slots.device).unsqueeze(-1)
         columns = torch.cat([slots, torch.where(new < counts, new, PADDING)], dim=1)
-        places = torch.tensor([row.place for row in self.rows], device=slots.device)
+        places = on_device([row.place for row in self.rows], slots.device)
         move_out_of_slots(batch.cache, columns, cache, places)
         self.draft.contexts[cache] = batch.drafting.hand_back(batch.rows, features, columns, places)
 
@@ -218,7 +229,7 @@ class _InStep:
         """As `RowBatch.emit`, with the same count for all rows."""
         terms = self.terms
         ended = [row.ended for row in rows]
-        live = ~torch.tensor(ended, device=draft_ids.device)
+        live = on_device([not row.ended for row in rows], draft_ids.device)
         pads = terms.eos_ids is not None
         verdicts = Verdicts(terms, self.state) if terms.has_other_criteria else None
         stops = None if verdicts is None else lambda tokens, scores: verdicts.on_last(tokens, scores) & live
@@ -249,6 +260,19 @@ class _InStep:
         self.state.input_ids = torch.cat([self.state.input_ids, tokens], dim=1)
         for row, ends in zip(self.call.rows, emission.finished, strict=True):
             row.ended = row.ended or ends
-        if self.streamer is not None:
-            for column in tokens.cpu().unbind(1):
-                self.streamer.put(column)
+        stream(self.streamer, tokens, emission.num_accepted)
+
+
+def stream(streamer, tokens: torch.Tensor, num_accepted: list[int]) -> None:
+    """Hand tokens [B, m] over, one by one as plain generate() does; of one row a streamer of rounds gets them at once.
+
+    `num_accepted` of the rows, before any stop.
+    """
+    if streamer is None:
+        return
+    tokens = tokens.cpu()  # one more synchronisation: a streamer reads the tokens on the host
+    if len(tokens) == 1 and hasattr(streamer, "put_round"):
+        streamer.put_round(tokens[0], num_accepted[0])
+    else:
+        for column in tokens.unbind(1):
+            streamer.put(column)

@@ -13,7 +13,7 @@ from .agreement import Agreement
 from .captured import CapturedRounds
 from .compiled import CompiledRound
 from .draft import join_laws
-from .rows import Columns, Emission, Row, groups_of, places_of
+from .rows import Columns, Emission, Row, groups_of, on_device, places_of
 from .schedule import Schedule
 from .slots import PADDING, SlotCache, move_into_slots, move_out_of_slots
 from .state import Distribution, DraftBlock, DraftContext
@@ -44,6 +44,8 @@ class BatchDraft:
         self.whole_blocks, self.compiled = whole_blocks, compiled
         self.captured: CapturedRounds | None = None
         self.starts = torch.zeros_like(columns.lengths)  # the slot where a row's context begins
+        # What the host knows of contexts: there is one, without padding; it begins with its row's first token.
+        self.is_single, self.is_whole = cache.num_rows == 1 and not whole_blocks, False
         # Features [R, w, m*H] that the draft has not read, and their slots [R, w].
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.fresh: list[tuple[Row, torch.Tensor, torch.Tensor]] = []  # the same of rows that came in behind others
@@ -67,23 +69,32 @@ class BatchDraft:
     def take_over(self, context: DraftContext, slots: torch.Tensor) -> None:
         """Go on with what the draft read in an earlier call: tokens in `slots` [R, n] of the rows just admitted."""
         num_read = context.cache.get_seq_length()
-        move_into_slots(context.cache, slots[:, :num_read], self.cache, self.cache.num_slots)
+        if num_read:
+            move_into_slots(context.cache, slots[:, :num_read], self.cache, self.cache.num_slots)
         if context.features:
             self.pending.insert(0, (torch.cat(context.features, dim=1), slots[:, num_read:]))
         self.starts[: len(slots)] = slots.min(-1).values
 
     def hand_back(
-        self, rows: list[Row], anchor_features: torch.Tensor, slots: torch.Tensor, places: torch.Tensor
+        self, rows: list[Row], anchor_features: torch.Tensor | None, slots: torch.Tensor, places: torch.Tensor
     ) -> DraftContext:
         """What the draft read of the tokens in `slots` [R, C] of the rows in `places` [R], for a later call.
 
-        `rows` are the same by place, dropped ones among them, with features [R, 1, m*H] of their last tokens.
+        `rows` are the same by place, dropped ones among them, with features [R, 1, m*H] of their last tokens, where
+        these are among the slots.
         """
-        aside = sorted(self.set_aside, key=lambda part: part[0].place)
-        features, pending_slots = _side_by_side([self._take_pending(), *(part[1:] for part in aside)])
-        anchor_slots = self.columns.anchor_slots(rows).unsqueeze(-1)
-        self._read(torch.cat([features, anchor_features], 1), torch.cat([pending_slots, anchor_slots], 1), rows)
+        pending = [_one_behind_the_other(self.pending)] if self.pending else []
+        pending += [part[1:] for part in sorted(self.set_aside, key=lambda part: part[0].place)]
+        if pending:
+            features, pending_slots = _side_by_side(pending)
+            if anchor_features is not None:
+                features = torch.cat([features, anchor_features], 1)
+                pending_slots = torch.cat([pending_slots, self.columns.anchor_slots(rows).unsqueeze(-1)], 1)
+            self._read(features, pending_slots, rows)
+            self.pending = []
         context = DraftContext(DynamicCache(), target_length=slots.shape[1])
+        if len(slots) == 1:  # of a single sequence it never reads the padding
+            slots = slots[:, slots[0] < PADDING]
         is_first = slots == self.starts[places].unsqueeze(-1)
         move_out_of_slots(self.cache, slots[:, is_first.int().argmax(-1).min() :], context.cache, places)
         context.last_position = slots[:, -1:] + self.columns.shifts[places].unsqueeze(-1)
@@ -106,8 +117,9 @@ class BatchDraft:
 
     def hand_over(self, rows: list[Row], features: torch.Tensor, emission: Emission) -> None:
         """Keep the features [R, L+1, m*H] of tokens that stay for the draft; call before these are committed."""
+        features = features[:, : max(emission.counts)]
         columns = torch.arange(features.shape[1], device=self.columns.ids.device)
-        counts = torch.tensor(emission.counts, device=self.columns.ids.device).unsqueeze(-1)
+        counts = on_device(emission.counts, self.columns.ids.device).unsqueeze(-1)
         slots = self.columns.anchor_slots(rows).unsqueeze(-1) + columns
         self.pending.append((features, torch.where(columns < counts, slots, PADDING)))
 
@@ -126,16 +138,17 @@ class BatchDraft:
         for row, *context in self.fresh:
             self._read(*context, [row])
         self.fresh = []
-        features, slots = self._take_pending()
+        features, slots = _one_behind_the_other(self.pending)
         if self.compiled is not None:
             features, slots = self._of_one_width(rows, features, slots, num_tokens + 1)
         if self.captured is not None:
-            starts = self.starts[: len(rows)]
+            starts, self.pending = self.starts[: len(rows)], []
             return self.captured.propose(self.cache, starts, features, slots, num_tokens)
         self._laws = {}
         block = self._draft(
             features, slots, rows, num_tokens=num_tokens, sampler=self._sampler(rows, num_tokens, own_prefixes)
         )
+        self.pending = []  # only now, for what an exception kept from being read is read again
         token_ids = block.token_ids
         if self.agreement.is_needed:
             token_ids = self.agreement.of_first(token_ids)
@@ -144,10 +157,6 @@ class BatchDraft:
     def law_of(self, terms: Terms) -> Distribution | None:
         """The law of the last block's tokens in the rows of a call."""
         return join_laws(self._laws.get(id(terms), [None]))
-
-    def _take_pending(self) -> tuple[torch.Tensor, torch.Tensor]:
-        pending, self.pending = self.pending, []
-        return _one_behind_the_other(pending)
 
     def _read(self, features: torch.Tensor, slots: torch.Tensor, rows: list[Row]) -> None:
         """Context `features` [R, w, m*H] of `rows`, which lie side by side, goes to `slots`; nothing is drafted."""
@@ -168,6 +177,8 @@ class BatchDraft:
             features,
             slots,
             stop=max(row.num_slots for row in rows) - 1 + self.draft.config.num_block_inputs,
+            is_single=self.is_single,
+            is_whole=self.is_whole,
             num_tokens=num_tokens,
             sampler=sampler,
             forward=None if self.compiled is None else self.compiled.draft_forward,

@@ -61,8 +61,6 @@ class CapturedRounds:
         """A block for each row; arguments as in `traced.draft_rows`, of `num_tokens` + 1 features."""
         if self._frame is None:
             self._frame = self.compiled.frame(self.columns, features)
-            last = [row.num_slots + row.room - 2 for row in self.rows]
-            self._frame.last_slots.copy_(torch.tensor(last))
         frame, rule, sampler = self._frame, self.terms.rule, TemperatureSampler()
         if features is not frame.features:
             frame.features.copy_(features)

@@ -63,7 +63,7 @@ class CompiledRound:
         if key not in self._columns:
             # With place for a block and one behind the last token, or they would grow out of their shape.
             columns = self._columns[key] = Columns(num_rows, num_slots + self._block_size + 1, device)
-            _stay(columns.ids, columns.lengths)
+            _stay(columns.ids, columns.lengths, columns.slots, columns.last_slots, columns.shifts)
         return self._columns[key]
 
     def frame(self, columns: Columns, features: torch.Tensor) -> Frame:
@@ -72,8 +72,8 @@ class CompiledRound:
         if key not in self._frames:
             slots = torch.full(features.shape[:2], PADDING, device=columns.ids.device)
             ended = torch.zeros(len(features), dtype=torch.bool, device=slots.device)
-            frame = Frame(columns, torch.empty_like(features), slots, torch.zeros_like(columns.lengths), ended)
-            _stay(frame.features, frame.slots, frame.last_slots, frame.ended)
+            frame = Frame(columns, torch.empty_like(features), slots, ended)
+            _stay(frame.features, frame.slots, frame.ended)
             self._frames[key] = frame
         return self._frames[key]
 

@@ -18,13 +18,13 @@ from transformers.utils import ModelOutput, logging
 from .accept import choose_tokens
 from .agreement import Agreement
 from .attention_interface import block_attention_on
-from .batch_call import BatchCall
+from .batch_call import BatchCall, stream
 from .candidate_generator import DSparkCandidateGenerator, context_of, in_transformers_loop
 from .compat import CACHE, is_users_cache
 from .compiled import CompiledRound
-from .dispatch import load_kernels, report
+from .dispatch import load_kernels, note, report
 from .features import FeatureTap
-from .limits import check_compiled, check_prompt_length, check_request
+from .limits import check_compiled, check_prompt_length, check_request, why_not_in_a_row
 from .rollback import MAX_PENDING, Rewinder, recording_past, why_not_reversible
 from .schedule import Schedule, schedule_from
 from .state import Decision, DecodeState, DraftBlock, DraftContext, GenerationStats, RoundRecord, Verification
@@ -113,12 +113,23 @@ class _Call:
         load_kernels()
 
     def run(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
-        """Our loop."""
-        if len(self.input_ids) > 1 or self.draft.compiled_rounds.get(self.target) is not None:
-            return self._run_batch(model_kwargs, streamer)
+        """Our loop: that of rows, whose caches roll back for nothing and need not grow by copies, where it can be."""
         returns_cache = model_kwargs.get("use_cache") is not False
         self._check_cache(model_kwargs.get(CACHE), before_prefill=True)
         cache = _ensure_cache(self.target, model_kwargs)
+        reason = None
+        if len(self.input_ids) == 1 and self.draft.compiled_rounds.get(self.target) is None:
+            shown = bool(self.config.output_attentions)
+            reason = why_not_in_a_row(self.target, self.draft, model_kwargs, cache, output_attentions=shown)
+        note("cache", "slots" if reason is None else f"the target's own: {reason}")
+        if reason is None:
+            return self._run_rows(model_kwargs, cache, streamer, returns_cache=returns_cache)
+        return self._run_one(model_kwargs, cache, streamer, returns_cache=returns_cache)
+
+    def _run_one(
+        self, model_kwargs: dict[str, Any], cache: Cache, streamer, *, returns_cache: bool
+    ) -> torch.Tensor | SpeculativeOutput:
+        """One sequence on a cache that transformers made for it."""
         state = DecodeState(self.input_ids, model_kwargs, cache_length=cache.get_seq_length())
         state.extras = {name: [] for name in self.terms.extras}
         candidates = self._candidates(context_of(self.draft, cache, state.cache_length))
@@ -154,7 +165,7 @@ class _Call:
         verification = read_verification(outputs, 0, state.input_ids.device)
         decision = self._decide(state, verification, state.input_ids[:, :0], None)
         self._commit(state, verification, decision, is_prefill=True)
-        _stream(streamer, decision)
+        stream(streamer, decision.emitted_ids, [decision.num_accepted])
 
     def _round(self, state: DecodeState, candidates: DSparkCandidateGenerator, rewinder: Rewinder, streamer) -> None:
         start = self.watch.host_seconds()
@@ -182,7 +193,7 @@ class _Call:
         # Behind the round's synchronisation the host's clock is right. Processes that must agree have one clock each.
         seconds = None if self.agreement.is_needed else self.watch.host_seconds() - start
         self.schedule.observe(num_read, None if block is None else verify_length, seconds=seconds)
-        _stream(streamer, decision)
+        stream(streamer, decision.emitted_ids, [decision.num_accepted])
 
     def _read_pending(self, state: DecodeState, candidates: DSparkCandidateGenerator, rewinder: Rewinder) -> None:
         """Have the target read again what a rollback took out of its cache along with rejected tokens."""
@@ -235,12 +246,11 @@ class _Call:
         )
         state.finished = decision.finished
 
-    def _run_batch(self, model_kwargs: dict[str, Any], streamer) -> torch.Tensor | SpeculativeOutput:
-        """The same for several rows."""
-        is_asked_for = self.config.return_dict_in_generate or is_users_cache(model_kwargs.get(CACHE))
-        returns_cache = model_kwargs.get("use_cache") is not False and is_asked_for
-        self._check_cache(model_kwargs.get(CACHE), before_prefill=True)
-        cache = _ensure_cache(self.target, model_kwargs)
+    def _run_rows(
+        self, model_kwargs: dict[str, Any], cache: Cache, streamer, *, returns_cache: bool
+    ) -> torch.Tensor | SpeculativeOutput:
+        """Any number of sequences as rows of slots."""
+        returns_cache = returns_cache and (self.config.return_dict_in_generate or is_users_cache(cache))
         tap = self._tap()
         call = (self.input_ids, self.terms, self.config, self.schedule, self.watch)
         batch = BatchCall(self.draft, self.target, *call, self.draft.compiled_rounds.get(self.target))
@@ -377,15 +387,3 @@ def _ensure_cache(target: PreTrainedModel, model_kwargs: dict[str, Any]) -> Cach
         model_kwargs[CACHE] = DynamicCache(config=target.config.get_text_config(decoder=True))
         model_kwargs["use_cache"] = True
     return model_kwargs[CACHE]
-
-
-def _stream(streamer, decision: Decision) -> None:
-    """Hand the emitted tokens over, one by one as plain generate() does; a streamer of rounds gets them at once."""
-    if streamer is None:
-        return
-    tokens = decision.emitted_ids[0].cpu()  # one more synchronisation: a streamer reads the tokens on the host
-    if hasattr(streamer, "put_round"):
-        streamer.put_round(tokens, decision.num_accepted)
-    else:
-        for token in tokens.split(1):
-            streamer.put(token)

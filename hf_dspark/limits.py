@@ -1,14 +1,20 @@
 """What is refused by name, before anything is decoded."""
 
 import inspect
+from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .slots import READ_SLOT_MASKS, has_windows
+from .compat import CACHE
+from .slots import READ_SLOT_MASKS, has_windows, why_not_in_slots
+from .verify import TOKEN_TYPES
 
 _BATCH_LAYER_TYPES = {"full_attention", "sliding_attention", "global"}
+# What generate() hands to a target's forwards that rounds of rows make anew, or that only a prefill reads.
+_ARGUMENTS = {"attention_mask", "position_ids", "inputs_embeds", "logits_to_keep", "use_cache", CACHE, *TOKEN_TYPES}
+_ARGUMENTS |= {"output_attentions", "output_hidden_states"}
 
 
 def check_request(target: PreTrainedModel, input_ids: torch.Tensor, synced_gpus: bool) -> None:
@@ -40,6 +46,12 @@ def check_prompt_length(target: PreTrainedModel, cache: Cache, num_read: int) ->
 
 def check_batch(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     """Refuse a target or draft that decodes only one sequence at a time."""
+    limit = _why_not_batch(target, draft)
+    if limit is not None:
+        refuse_batch(limit)
+
+
+def _why_not_batch(target: PreTrainedModel, draft: PreTrainedModel) -> str | None:
     config = target.config.get_text_config(decoder=True)
     implementation, backbone = _attention_of(target), draft.config.backbone_type
     # GPT-Neo has its own name for them; its local layers count columns, wherever a row's tokens lie.
@@ -50,13 +62,45 @@ def check_batch(target: PreTrainedModel, draft: PreTrainedModel) -> None:
         "a target without positions (ALiBi)": not takes_positions or getattr(config, "alibi", False),
         f'the draft\'s backbone "{backbone}"': backbone == "deepseek_v4",
         f"layers of the types {sorted(layer_types)}": not layer_types <= _BATCH_LAYER_TYPES,
+        f"{type(target).__name__}, whose attention is code of its own": not _is_known(target),
         # It sees no padding either, with or without a draft.
         f'`attn_implementation="{implementation}"`, for which no mask function is registered (load the target with '
         '"sdpa", or register one with AttentionMaskInterface)': implementation not in ALL_MASK_ATTENTION_FUNCTIONS,
     }
-    for limit, is_met in limits.items():
-        if is_met:
-            refuse_batch(limit)
+    return next((limit for limit, is_met in limits.items() if is_met), None)
+
+
+def why_not_in_a_row(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    model_kwargs: dict[str, Any],
+    cache: Cache,
+    *,
+    output_attentions: bool,
+) -> str | None:
+    """Why a single sequence keeps the cache that transformers made for it; None where it can be a batch's only row.
+
+    A row's forwards are given tokens, positions and masks alone, and its slots hold every token.
+    """
+    limit = _why_not_batch(target, draft)
+    if limit is not None:
+        return limit
+    prepares = type(target).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    others = {name for name, value in model_kwargs.items() if value is not None} - _ARGUMENTS
+    position_ids, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    limits = {
+        "`output_attentions`": output_attentions,
+        "the target prepares its inputs in a way of its own": prepares,
+        f"the target is given {sorted(others)}": bool(others),
+        "positions of several axes": position_ids is not None and position_ids.ndim > 2,
+        "its attention is code of its own": not target.get_decoder()._supports_attention_backend,
+        f'`attn_implementation="{_attention_of(target)}"`': _attention_of(target) not in READ_SLOT_MASKS,
+        "windows forget what slots would hold": draft.context_window is not None
+        or has_windows(target.config.get_text_config(decoder=True))
+        or any(getattr(layer, "is_sliding", False) for layer in cache.layers),
+        "padding behind the prompt": mask is not None and not bool(mask[:, -1].all()),
+    }
+    return next((limit for limit, is_met in limits.items() if is_met), why_not_in_slots(cache))
 
 
 def check_compiled(target: PreTrainedModel, draft: PreTrainedModel) -> None:
@@ -84,6 +128,12 @@ def check_padding(mask: torch.Tensor, config) -> None:
 
 def _attention_of(target: PreTrainedModel) -> str:
     return target.get_decoder().config._attn_implementation
+
+
+def _is_known(target: PreTrainedModel) -> bool:
+    """Whether its attention is sure to read masks as they are given; remote code may make its own."""
+    decoder = target.get_decoder()
+    return decoder._supports_attention_backend or type(decoder).__module__.startswith("transformers.")
 
 
 def refuse_batch(what: str) -> None:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn.functional import pad
 
-from .slots import GROWTH, PADDING
+from .slots import GROWTH
 from .state import Choice, Distribution, DraftBlock, RoundRecord
 from .terms import Terms
+
+_SOMEWHERE = 2**30  # a position that no token has
 
 
 @dataclass(slots=True, eq=False)
@@ -54,21 +56,22 @@ class Columns:
 
     def __init__(self, num_rows: int, num_columns: int, device: torch.device):
         self.ids = torch.zeros(num_rows, num_columns + 1, dtype=torch.long, device=device)  # the last column is junk
-        # Columns that are there; those without a slot; what a position is above its slot.
-        self.lengths, self.paddings, self.shifts = torch.zeros(3, num_rows, dtype=torch.long, device=device)
+        # Of each row: columns that are there, the slot of the last, the last slot there is room for, and what a
+        # position is above its slot.
+        buffers = torch.zeros(4, num_rows, dtype=torch.long, device=device)
+        self.lengths, self.slots, self.last_slots, self.shifts = buffers
 
-    def put(self, first: int, input_ids: torch.Tensor, last_slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """Prompts [k, n] in the places from `first` on, with slots [k] and positions [k] of their last columns."""
-        own = slice(first, first + len(input_ids))
+    def put(self, rows: list[Row], input_ids: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        """The prompts [k, n] of rows that just came in, with slots [k] and positions [k] of their last columns."""
+        own = places_of(rows)
         self.widen(input_ids.shape[1])
         self.ids[own, : input_ids.shape[1]] = input_ids
-        self.lengths[own] = input_ids.shape[1]
-        self.paddings[own] = input_ids.shape[1] - 1 - last_slots
-        self.shifts[own] = positions - last_slots
+        self.lengths[own], self.slots[own], self.shifts[own] = input_ids.shape[1], slots, positions - slots
+        self.last_slots[own] = on_device([row.num_slots + row.room - 2 for row in rows], self.ids.device)
 
     def append(self, rows: list[Row], emission: Emission) -> None:
         """Commit the tokens that a round emitted."""
-        tokens, counts = emission.token_ids, torch.tensor(emission.counts, device=self.ids.device)
+        tokens, counts = emission.token_ids, on_device(emission.counts, self.ids.device)
         self.widen(max(row.length for row in rows) + tokens.shape[1])
         self.write(places_of(rows), tokens, counts)
         advance(rows, emission.counts)
@@ -78,12 +81,13 @@ class Columns:
         offsets = torch.arange(tokens.shape[1], device=self.ids.device)
         columns = self.lengths[own, None] + offsets
         columns = torch.where(offsets < counts.unsqueeze(-1), columns, self.ids.shape[1] - 1)
-        self.ids[own] = self.ids[own].scatter(1, columns, tokens)
-        self.lengths[own] += counts
+        self.ids[own].scatter_(1, columns, tokens)
+        self.lengths[own].add_(counts)
+        self.slots[own].add_(counts)
 
     def reorder(self, order: torch.Tensor) -> None:
         """What was in place `order[i]` comes to place i."""
-        for buffer in (self.ids, self.lengths, self.paddings, self.shifts):
+        for buffer in (self.ids, self.lengths, self.slots, self.last_slots, self.shifts):
             buffer[: len(order)] = buffer[: len(order)][order]
 
     def anchors(self, rows: list[Row] | slice) -> torch.Tensor:
@@ -92,18 +96,27 @@ class Columns:
         return self.ids[own].gather(1, self.lengths[own, None] - 1).squeeze(1)
 
     def anchor_slots(self, rows: list[Row] | slice) -> torch.Tensor:
-        """Their slots [R]."""
-        own = places_of(rows)
-        return self.lengths[own] - 1 - self.paddings[own]
+        """Their slots [R]; they change with the rows."""
+        return self.slots[places_of(rows)]
 
     def positions(self, slots: torch.Tensor, rows: list[Row] | slice) -> torch.Tensor:
-        """Positions [R, T] of slots; what is in none is anywhere."""
-        return torch.where(slots == PADDING, 0, slots) + self.shifts[places_of(rows), None]
+        """Positions [R, T] of slots; what is in none is somewhere."""
+        return slots.clamp_max(_SOMEWHERE) + self.shifts[places_of(rows), None]
+
+    def positions_with_room(self, slots: torch.Tensor, rows: list[Row] | slice) -> torch.Tensor:
+        """The same, but behind the last that a row has room for its last, which is sure to exist."""
+        own = places_of(rows)
+        return slots.minimum(self.last_slots[own, None]) + self.shifts[own, None]
 
     def widen(self, num_columns: int) -> None:
         """Make place for columns up to `num_columns`."""
         if num_columns >= self.ids.shape[1]:
             self.ids = pad(self.ids, (0, num_columns - self.ids.shape[1] + 1 + GROWTH))
+
+
+def on_device(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """Numbers of the host as a tensor; on CUDA the host does not wait for what is under way there."""
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def places_of(rows: list[Row] | slice) -> slice:
@@ -140,7 +153,7 @@ def pad_ended(rows: list[Row], token_ids: torch.Tensor) -> torch.Tensor:
     fills = [row.terms.pad_token_id if row.ended and row.terms.eos_ids is not None else -1 for row in rows]
     if max(fills) < 0:
         return token_ids
-    fills = torch.tensor(fills, device=token_ids.device).unsqueeze(-1)
+    fills = on_device(fills, token_ids.device).unsqueeze(-1)
     return torch.where(fills < 0, token_ids, fills)
 
 

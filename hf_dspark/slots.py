@@ -36,7 +36,7 @@ class SlotCache(Cache):
     def __init__(self, windows: list[int | None], num_rows: int, num_slots: int, *, is_static: bool = False):
         self.windows, self.num_rows = windows, num_rows
         self.num_slots, self.is_static = num_slots, is_static
-        self.first_row, self.stop = 0, 0
+        self.first_row, self.start, self.stop = 0, None, 0
         self.num_placed, self.num_tokens = 0, 0  # rows that the next forward reads, and its tokens of each
         # Of these tokens [R, T], packed [1, T].
         self.rows: torch.Tensor | None = None
@@ -44,23 +44,32 @@ class SlotCache(Cache):
         self.columns: torch.Tensor | None = None  # [R, C]  slots in the order they are read; None: slots before `stop`
         super().__init__(layers=[SlotLayer(self) for _ in windows])
 
-    def place(self, slots: torch.Tensor, stop: int, *, first_row: int = 0, packing: Packing | None = None) -> None:
+    def place(
+        self,
+        slots: torch.Tensor,
+        stop: int,
+        *,
+        first_row: int = 0,
+        start: int | None = None,
+        packing: Packing | None = None,
+    ) -> None:
         """The next forward writes to `slots` [R, T] of rows from `first_row` on, and reads slots before `stop`.
 
         Tokens whose slot is not below `stop` are written to the last slot of their row, which nothing sees. With
-        `packing` they come packed.
+        `start` it is a single row, whose slots lie side by side from there on. With `packing` tokens come packed.
         """
-        is_on_cpu = slots.device.type == "cpu"
+        by_masks = reads_by_masks(slots.device)
         if stop >= self.num_slots and not self.is_static:
-            growth = max(GROWTH // 4, self.num_slots // 16) if is_on_cpu else max(GROWTH, self.num_slots // 8)
+            growth = max(GROWTH // 4, self.num_slots // 16) if by_masks else max(GROWTH, self.num_slots // 8)
             self.num_slots = max(stop + 1, self.num_slots + growth)
         last = self.num_slots - 1
         is_there = slots < min(stop, last)
-        # Keys side by side in memory: a CPU multiplies them twice as fast as it copies and multiplies others.
-        if self.is_static or (is_on_cpu and 2 * stop > self.num_slots):
+        if self.is_static or (by_masks and 2 * stop > self.num_slots):
             stop = self.num_slots
-        self.first_row, self.stop, self.columns = first_row, stop, None
+        self.first_row, self.stop, self.start, self.columns = first_row, stop, start, None
         self.num_placed, self.num_tokens = slots.shape
+        if start is not None:
+            return
         rows = torch.arange(first_row, first_row + len(slots), device=slots.device).unsqueeze(-1)
         self.rows, self.slots = rows.expand(slots.shape), torch.where(is_there, slots, last)
         if packing is not None:
@@ -115,9 +124,14 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         elif self.keys.shape[2] < place.num_slots:
             self.keys, self.values = self._grown(self.keys), self._grown(self.values)
-        rows, slots = place.rows.to(key_states.device), place.slots.to(key_states.device)
-        self.keys[rows, :, slots] = key_states.transpose(1, 2)
-        self.values[rows, :, slots] = value_states.transpose(1, 2)
+        if place.start is None:
+            rows, slots = place.rows.to(key_states.device), place.slots.to(key_states.device)
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
+        else:
+            side_by_side = slice(place.start, place.start + key_states.shape[2])
+            self.keys[place.first_row, :, side_by_side] = key_states[0]
+            self.values[place.first_row, :, side_by_side] = value_states[0]
         own = slice(place.first_row, place.first_row + place.num_placed)
         if place.columns is not None:
             columns = place.columns.to(self.device)
@@ -147,8 +161,19 @@ class SlotLayer(CacheLayerMixin):
         return grown
 
 
+def reads_by_masks(device: torch.device) -> bool:
+    """Whether all slots are read, and masks made once for all layers hide some.
+
+    Keys are then side by side in memory: a CPU multiplies them twice as fast as it copies and multiplies others. On
+    CUDA attention stops where a row ends.
+    """
+    return device.type != "cuda"
+
+
 def why_not_in_slots(cache: Cache) -> str | None:
-    """Why a filled cache's content cannot be moved into slots; None where it can."""
+    """Why a cache's content cannot be moved into slots; None where it can."""
+    if getattr(cache, "offloading", False):
+        return "its cache is offloaded layer by layer"
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return f"its cache has a {type(layer).__name__}, which keeps more than keys and values of every token"
@@ -168,7 +193,10 @@ def windows_of(cache: Cache, config) -> list[int | None]:
 
 
 def move_into_slots(cache: Cache, slots: torch.Tensor, into: SlotCache, stop: int, *, first_row: int = 0) -> None:
-    """Copy a dynamic cache of R rows and n columns to slots [R, n], all below `stop`; padding's slot is PADDING."""
+    """Move a dynamic cache of R rows and n columns to slots [R, n], all below `stop`; padding's slot is PADDING.
+
+    No more than one layer is held twice. The cache is empty afterwards.
+    """
     into.place(slots, stop, first_row=first_row)
     rows, placed = into.rows, into.slots
     for source, layer in zip(cache.layers, into.layers, strict=True):
@@ -176,10 +204,14 @@ def move_into_slots(cache: Cache, slots: torch.Tensor, into: SlotCache, stop: in
             own = slice(-source.keys.shape[2], None)  # a sliding layer has only the last columns
             into.rows, into.slots = rows[:, own], placed[:, own]
             layer.update(source.keys, source.values)
+            _release(source)
 
 
 def move_out_of_slots(source: SlotCache, slots: torch.Tensor, into: Cache, rows: torch.Tensor) -> None:
-    """Fill a dynamic cache with the columns of `rows` [R] whose slots [R, n] are given; a column without one is 0."""
+    """Move to an empty dynamic cache the columns of `rows` [R] whose slots [R, n] are given; one without a slot is 0.
+
+    No more than one layer is held twice. The slots are empty afterwards, but for static ones.
+    """
     num_columns = slots.shape[1]
     into.layers = into.layers or [DynamicLayer() for _ in source.layers]
     for layer, target in zip(source.layers, into.layers, strict=True):
@@ -197,6 +229,15 @@ def move_out_of_slots(source: SlotCache, slots: torch.Tensor, into: Cache, rows:
             columns = getattr(layer, name)[row, :, index] * is_there[..., None, None]
             setattr(target, name, columns.transpose(1, 2).contiguous())
         target.is_initialized, target.dtype, target.device = True, layer.dtype, layer.device
+        if not source.is_static:
+            _release(layer)
+
+
+def _release(layer: CacheLayerMixin) -> None:
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+    if hasattr(layer, "cumulative_length"):  # of a sliding window
+        layer.cumulative_length = 0
 
 
 def slot_masks(

@@ -17,7 +17,7 @@ from .draft import Sampler, draft_block
 from .features import FeatureTap
 from .rows import Columns, up_to_eos
 from .sampling import Warpers
-from .slots import PADDING, READ_SLOT_MASKS, SlotCache, draft_slot_masks, slot_masks
+from .slots import PADDING, READ_SLOT_MASKS, SlotCache, draft_slot_masks, reads_by_masks, slot_masks
 from .state import DraftBlock
 
 
@@ -28,7 +28,6 @@ class Frame:
     columns: Columns
     features: torch.Tensor  # [R, L+1, m*H]  of tokens that the draft has not read
     slots: torch.Tensor  # [R, L+1]  theirs; PADDING where a token did not stay
-    last_slots: torch.Tensor  # [R]  of the last position that a row has room for
     ended: torch.Tensor  # [R]  rows that say nothing more
 
 
@@ -45,16 +44,25 @@ def draft_rows(
     num_tokens: int,
     sampler: Sampler | None,
     forward=None,
+    is_single: bool = False,
+    is_whole: bool = False,
 ) -> DraftBlock:
-    """A block for each row, whose new context goes to its slots in the draft's cache; slots before `stop` are read."""
+    """A block for each row, whose new context goes to its slots in the draft's cache; slots before `stop` are read.
+
+    `is_single`: it is one row, whose features and block lie side by side up to `stop`. `is_whole`: contexts begin with
+    the first token.
+    """
     config, device = draft.config, draft.device
     anchor_slots = columns.anchor_slots(own)
     inputs = anchor_slots.unsqueeze(-1) + torch.arange(config.num_block_inputs, device=anchor_slots.device)
     all_slots = torch.cat([slots, inputs], dim=1)
-    cache.place(all_slots, stop, first_row=own.start)
-    settings = {"causal": config.causal, "window": config.sliding_window}
-    shape = (config.num_block_inputs, cache.stop, config.layer_types)
-    masks = draft_slot_masks(anchor_slots, starts, *shape, **settings)
+    cache.place(all_slots, stop, first_row=own.start, start=stop - all_slots.shape[1] if is_single else None)
+    masks = None  # the draft's own, where any are needed
+    if not (is_single and is_whole) or cache.stop > stop:
+        settings = {"causal": config.causal, "window": config.sliding_window}
+        shape = (config.num_block_inputs, cache.stop, config.layer_types)
+        masks = draft_slot_masks(anchor_slots, starts, *shape, **settings)
+        masks = {name: mask.to(device) for name, mask in masks.items()}
     return draft_block(
         draft,
         features.to(device),
@@ -63,7 +71,7 @@ def draft_rows(
         position_ids=columns.positions(all_slots, own).to(device),
         num_tokens=num_tokens,
         sampler=sampler,
-        attention_mask={name: mask.to(device) for name, mask in masks.items()},
+        attention_mask=masks,
         forward=forward,
     )
 
@@ -90,12 +98,12 @@ def verify_rows(
     slots = columns.anchor_slots(own).unsqueeze(-1) + offsets
     cache.place(slots, cache.num_slots)
     tokens = torch.cat([columns.anchors(own).unsqueeze(-1), draft_ids], dim=1)
-    positions = columns.positions(slots.minimum(frame.last_slots.unsqueeze(-1)), own)
+    positions = columns.positions_with_room(slots, own)
     arguments = arguments | {"input_ids": tokens, "position_ids": positions, CACHE: cache, "use_cache": True}
     outputs = target(**arguments, **attention_to_slots(target, cache, slots), return_dict=True)
     choice = choose_by(warpers, outputs.logits.float(), draft_ids, draft_probs, *chances, limits)
     counts, at_eos = up_to_eos(choice, eos_ids)
-    room = frame.last_slots + 1 - slots[:, 0]
+    room = columns.last_slots[own] + 1 - slots[:, 0]
     finished = frame.ended | at_eos | (counts >= room)
     counts = counts.minimum(room).masked_fill(frame.ended, 0)
     frame.features.copy_(tap.take(outputs))
@@ -108,9 +116,10 @@ def verify_rows(
 def attention_to_slots(target: PreTrainedModel, cache: SlotCache, slots: torch.Tensor) -> dict[str, Any]:
     """What tells the target's attention which slots are seen by tokens in `slots` [R, T]."""
     implementation = target.get_decoder().config._attn_implementation
-    # On a CPU masks are faster, made once for all layers; and not all models hand a window on.
-    is_read_there = slots.device.type == "cuda" and not any(cache.windows)
-    if implementation == BLOCK_ATTENTION and is_read_there:
+    # Not all models hand a window on.
+    if implementation == BLOCK_ATTENTION and not reads_by_masks(slots.device) and not any(cache.windows):
+        if cache.num_placed == 1 and not cache.is_static:  # the slots that are read end with the block
+            return {"attention_mask": None}
         # Any mask of four axes keeps the model from making one of its own.
         no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=slots.device)
         return {"attention_mask": no_mask, "kv_lengths": slots[:, -1] + 1}

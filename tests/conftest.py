@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 from tiny import make_tiny_draft, make_tiny_target
 from transformers.utils import logging
 
-from hf_dspark import dispatch
+from hf_dspark import dispatch, slots, traced
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
@@ -54,6 +54,13 @@ def kernels_everywhere(monkeypatch):
     yield
     monkeypatch.undo()
     dispatch.load_kernels()
+
+
+@pytest.fixture
+def read_as_on_cuda(monkeypatch):
+    """Rows of slots are read up to where they end, and not whole with masks."""
+    for module in (slots, traced):
+        monkeypatch.setattr(module, "reads_by_masks", lambda device: False)
 
 
 def pytest_runtest_setup(item):

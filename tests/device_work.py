@@ -6,6 +6,7 @@ prints launches a round with the plain functions and with the kernels: operation
 On a GPU also the synchronisations that CUDA itself counts.
 """
 
+import functools
 import json
 import os
 import sys
@@ -85,6 +86,7 @@ class Launches(TorchDispatchMode):
     def within(self, part: str, function):
         """`function`, whose launches belong to `part`."""
 
+        @functools.wraps(function)  # whose signature tells what it takes
         def counted(*args, **kwargs):
             self._parts.append(part)
             try:
@@ -111,15 +113,15 @@ def counting_launches(target, draft):
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 
+    from hf_dspark import batch, batch_call, generate
     from hf_dspark import draft as drafting
-    from hf_dspark import generate as looping
 
     launches = Launches()
     parts = {
         "target": [(target, "forward")],
         "draft": [(draft, "forward"), (draft, "compute_logits")],
         "sample": [(drafting, "sample_block")],
-        "accept": [(looping, "choose_tokens")],
+        "accept": [(module, "choose_tokens") for module in (generate, batch, batch_call)],
     }
     kernel_type = InterpretedFunction if os.environ.get("TRITON_INTERPRET") == "1" else triton.JITFunction
     decode = draft.speculative_decode

@@ -230,7 +230,7 @@ def _implementations(*models):
 
 
 @pytest.mark.core
-def test_both_models_attend_by_it_during_a_call_and_as_before_after_it(calls, target, draft):
+def test_both_models_attend_by_it_during_a_call_and_as_before_after_it(calls, target, draft, read_as_on_cuda):
     during = []
 
     class Streamer:
@@ -353,7 +353,7 @@ def test_attention_weights_that_are_asked_for_are_given():
 
 @pytest.mark.core
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
-def test_kernels_in_the_loop_are_lossless_and_named(kind, kernels_everywhere):
+def test_kernels_in_the_loop_are_lossless_and_named(kind, kernels_everywhere, read_as_on_cuda):
     """Heads of 16 channels, which the kernel takes; in Triton's interpreter where there is no GPU."""
     target = make_tiny_target(kind, seed=1, head_dim=16)
     prompt = random_prompt(64, 9, seed=1)
@@ -363,7 +363,7 @@ def test_kernels_in_the_loop_are_lossless_and_named(kind, kernels_everywhere):
     assert draft.last_stats.kernels["block_attention"].startswith("Triton")
 
 
-def test_heads_the_kernel_does_not_take_run_plainly_and_say_so(target, draft, kernels_everywhere):
+def test_heads_the_kernel_does_not_take_run_plainly_and_say_so(target, draft, kernels_everywhere, read_as_on_cuda):
     prompt = random_prompt(64, 9)
     expected = plain(target, prompt, max_new_tokens=12)
     assert speculate(target, draft, prompt, max_new_tokens=12).tolist() == expected.tolist()

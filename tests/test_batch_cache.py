@@ -82,12 +82,15 @@ def test_call_that_neither_passes_nor_returns_a_cache_reads_no_token_for_one():
     draft = rows.draft("noisy")
     handle = rows.target.get_decoder().register_forward_pre_hook(lambda *args: forwards.append(1))
     counts = []
-    for kwargs in ({}, {CACHE: DynamicCache()}, {"return_dict_in_generate": True}):
-        forwards.clear()
-        rows.plain(assistant_model=draft, **kwargs)
-        counts.append(len(forwards))
+    for asked in ("nothing", CACHE, "return_dict_in_generate"):
+        for eos in (None, rows.new_token(1, 5)):
+            forwards.clear()
+            kwargs = {"nothing": {}, CACHE: {CACHE: DynamicCache()}}.get(asked, {asked: True})
+            rows.plain(assistant_model=draft, eos_token_id=eos, **kwargs)
+            counts.append(len(forwards))
     handle.remove()
-    assert counts == [counts[0], counts[0] + 1, counts[0] + 1]
+    # The last token of a row that ended sooner is among the columns; where all ended together, it is in none.
+    assert counts[2:] == [counts[0], counts[1] + 1] * 2
 
 
 def test_no_cache_is_returned_where_none_was_wanted():
@@ -324,10 +327,17 @@ def test_exception_in_the_middle_leaves_nothing_changed(place, taps):
     with pytest.raises(Interrupt):
         rows.speculate(draft, **place(target), **{CACHE: cache})
     assert _state_of(target) == before
-    assert cache.get_seq_length() == max(LENGTHS)  # the prompts, from which a call may go on
-    ids = rows.said[:, : max(LENGTHS) + 2]
-    mask = torch.cat([rows.prompts["attention_mask"], torch.ones(3, 2, dtype=torch.long)], dim=1)
-    taken_up = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW_TOKENS - 2, CACHE: cache}
+    # The cache holds what all rows have, as a prefill of it would, and a call may go on from there.
+    num_new = cache.get_seq_length() - max(LENGTHS)
+    assert 0 < num_new < NEW_TOKENS
+    ids = rows.said[:, : max(LENGTHS) + num_new + 1]
+    mask = torch.cat([rows.prompts["attention_mask"], torch.ones(3, num_new + 1, dtype=torch.long)], dim=1)
+    prefilled, positions = DynamicCache(config=target.config), (mask.cumsum(-1) - 1).clamp_min(0)
+    read = {"attention_mask": mask[:, :-1], "position_ids": positions[:, :-1], CACHE: prefilled}
+    with torch.no_grad():
+        target(ids[:, :-1], **read, use_cache=True)
+    _assert_same(cache, prefilled, mask[:, :-1])
+    taken_up = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW_TOKENS - num_new - 1, CACHE: cache}
     assert rows.speculate(draft, **taken_up).sequences.tolist() == expected
     assert rows.speculate(draft).sequences.tolist() == expected
     assert rows.plain().tolist() == expected

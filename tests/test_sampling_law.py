@@ -42,7 +42,10 @@ class Call(NamedTuple):
 
 
 class TrigramTarget(PreTrainedModel, GenerationMixin):
-    """A target that costs nothing: its law is a table over the last two tokens, which it reads back from its cache."""
+    """A target that costs nothing: its law is a table over the last two tokens, which it reads back from its cache.
+
+    With `in_a_row` it may be a row of slots, which it reads by position.
+    """
 
     config_class = LlamaConfig
     _supports_sdpa = True
@@ -64,13 +67,15 @@ class TrigramTarget(PreTrainedModel, GenerationMixin):
         cache, length = kwargs[CACHE], input_ids.shape[1]
         read = input_ids[:, None, :, None].float()
         read = [cache.update(read, read, layer)[0] for layer in range(2)][0]
-        before = nn.functional.pad(read[:, 0, :, 0].long(), (1, 0))[:, -length - 1 : -1]
+        if position_ids is None:
+            position_ids = torch.arange(read.shape[2] - length, read.shape[2]).unsqueeze(0)
+        before = nn.functional.pad(read[:, 0, :, 0].long(), (1, 0)).gather(1, position_ids.expand(len(read), -1))
         embedded = self.embed_tokens(input_ids)
         states = {"logits": self.table[before, input_ids], "hidden_states": (embedded,) * 3}
         return CausalLMOutputWithPast(**states, **{CACHE: cache})
 
 
-def _trigram_target(vocab_size=5, change=None):
+def _trigram_target(vocab_size=5, change=None, *, in_a_row=True):
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -78,6 +83,7 @@ def _trigram_target(vocab_size=5, change=None):
     if change is not None:
         target.table.data = change(target.table.data)
     target.generation_config = GenerationConfig()
+    target._supports_attention_backend = in_a_row
     return target
 
 
@@ -147,6 +153,20 @@ SETTINGS |= {
         "informed": True,
         "num_draws": 1000,
     },
+    "target's own cache": {
+        "kwargs": {"temperature": 0.7, "top_k": 4},
+        "head": "vanilla",
+        "informed": True,
+        "in_a_row": False,
+        "num_draws": 1500,
+    },
+    "target's own cache, repetition penalty and top-p": {
+        "kwargs": {"repetition_penalty": 1.5, "top_p": 0.8, "eos_token_id": 2},
+        "head": "gated",
+        "schedule": ConfidenceThreshold(0.5),
+        "in_a_row": False,
+        "num_draws": 1500,
+    },
     "transformers' own loop": {
         "kwargs": {"temperature": 0.7, "top_k": 4},
         "head": "vanilla",
@@ -164,7 +184,7 @@ def _sample(setting, seed=1):
     """The exact law of a setting, and what the loop draws."""
     kwargs, head = setting["kwargs"], setting["head"]
     real, informed = setting.get("backbone", False), setting.get("informed", False)
-    target = _llama() if real else _trigram_target()
+    target = _llama() if real else _trigram_target(in_a_row=setting.get("in_a_row", True))
     draft_class = DSparkDraftModel if real else PositionalDraft
     taps = (-1,) if real else (0,)
     tokens = setting.get("draft_tokens")

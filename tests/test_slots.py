@@ -1,5 +1,6 @@
 """Slot caches hold each row as a list would; masks show what they say; rows come in while others go on."""
 
+import copy
 import itertools
 import random
 
@@ -150,6 +151,7 @@ def test_columns_moved_into_slots_and_out_again_are_the_same(kind, num_tokens):
     torch.manual_seed(2)
     config = make_tiny_target(kind).config
     cache = _filled(config, 2, num_tokens)
+    expected = copy.deepcopy(cache)
     is_token = torch.ones(2, num_tokens, dtype=torch.bool)
     is_token[0, :2], is_token[1, 1] = False, False
     slots = torch.where(is_token, is_token.long().cumsum(-1) - 1, PADDING)
@@ -157,16 +159,18 @@ def test_columns_moved_into_slots_and_out_again_are_the_same(kind, num_tokens):
     into = SlotCache(windows, 4, 2)
     move_into_slots(_filled(config, 2, 4), torch.arange(4).expand(2, 4), into, 4)
     move_into_slots(cache, slots, into, num_tokens, first_row=2)
+    assert cache.get_seq_length() == 0  # no token is held twice
     into.swap_rows(0, 3)
     back = DynamicCache(config=config)
     move_out_of_slots(into, slots, back, torch.tensor([2, 0]))
     assert back.get_seq_length() == num_tokens
-    for ours, theirs in zip(back.layers, cache.layers, strict=True):
+    assert not any(layer.is_initialized for layer in into.layers)
+    for ours, theirs in zip(back.layers, expected.layers, strict=True):
         for name in ("keys", "values"):
             wanted = getattr(theirs, name) * is_token[:, None, -getattr(theirs, name).shape[2] :, None]
             assert torch.equal(getattr(ours, name), wanted)
     # What is moved out is a cache like any other.
-    for column in back.update(_states(2, 1), _states(2, 1), 0), cache.update(_states(2, 1), _states(2, 1), 0):
+    for column in back.update(_states(2, 1), _states(2, 1), 0), expected.update(_states(2, 1), _states(2, 1), 0):
         assert column[0].shape[2] == min(num_tokens + 1, windows[0] or num_tokens + 1)
 
 

@@ -12,7 +12,7 @@ from device_work import Reads
 from tiny import make_tiny_draft, make_tiny_target, random_prompt
 from transformers import StoppingCriteria
 
-from hf_dspark import ConfidenceThreshold
+from hf_dspark import ConfidenceThreshold, generate
 
 
 @pytest.fixture
@@ -48,27 +48,20 @@ class _Streamer:
         pass
 
 
-# What a round reads besides its decision, and which file reads it: with one row, and with several.
+# What a round reads besides its decision, and which file reads it: on a target's own cache, and in rows of slots.
+COMMON = {"criteria": ("terms", "tolist"), "streamer": ("batch_call", "cpu"), "ties": ("sampling", "tolist")}
 READERS = {
-    1: {
-        "decision": ("generate", "tolist"),
-        "confidences": ("candidate_generator", "tolist"),
-        "criteria": ("terms", "tolist"),
-        "streamer": ("generate", "cpu"),
-        "ties": ("sampling", "tolist"),
-    },
-    8: {
+    "own cache": COMMON | {"decision": ("generate", "tolist"), "confidences": ("candidate_generator", "tolist")},
+    "slots": COMMON
+    | {
         "decision": ("batch", "tolist"),
         "confidences": ("batch", "tolist"),
-        "criteria": ("terms", "tolist"),
-        "streamer": ("batch_call", "cpu"),
-        "ties": ("sampling", "tolist"),
         "once a call": ("batch_call", "tolist"),
     },
 }
 
 
-@pytest.mark.parametrize("batch_size", READERS)
+@pytest.mark.parametrize(("where", "batch_size"), [("own cache", 1), ("slots", 1), ("slots", 8)])
 @pytest.mark.parametrize(
     ("kwargs", "second"),
     [
@@ -83,14 +76,18 @@ READERS = {
         ({"max_time": 100.0}, "criteria"),
     ],
 )
-def test_a_round_reads_the_device_once_and_once_more_only_where_it_must(count_work, kwargs, second, batch_size):
+def test_a_round_reads_the_device_once_and_once_more_only_where_it_must(
+    count_work, monkeypatch, kwargs, second, where, batch_size
+):
+    if where == "own cache":
+        monkeypatch.setattr(generate, "why_not_in_a_row", lambda *args, **kwargs: "a test")
     target = make_tiny_target("qwen3", seed=0)
     draft = make_tiny_draft(target)
     prompts = torch.cat([random_prompt(64, 9, seed) for seed in range(batch_size)])
     reads, calls = count_work(target, draft)
     torch.manual_seed(0)
     target.generate(prompts, assistant_model=draft, **{"do_sample": False, "max_new_tokens": 20} | kwargs)
-    readers = READERS[batch_size]
+    readers = READERS[where]
     expected = Counter({readers["decision"]: calls["target"]})  # the prefill decides a token, too
     if second is not None:  # the schedule is asked only where something was drafted
         expected[readers[second]] += calls["draft" if second == "confidences" else "target"]
