@@ -220,7 +220,7 @@ class RowBatch:
         self.cache.place(slots, longest + draft_ids.shape[1], **settings)
         tokens = torch.cat([self.columns.anchors(self.rows).unsqueeze(-1), draft_ids], dim=1)
         of_tokens = {"input_ids": tokens, "position_ids": self.columns.positions_with_room(slots, self.rows)}
-        of_tokens |= dict.fromkeys(self.token_types, torch.zeros_like(tokens))
+        of_tokens |= {name: torch.zeros_like(tokens) for name in self.token_types}
         arguments = {CACHE: self.cache, "use_cache": True, **self.tap.forward_kwargs}
         arguments |= attention_to_slots(self.target, self.cache, slots)
         if packing is not None:

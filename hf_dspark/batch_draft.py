@@ -117,11 +117,12 @@ class BatchDraft:
 
     def hand_over(self, rows: list[Row], features: torch.Tensor, emission: Emission) -> None:
         """Keep the features [R, L+1, m*H] of tokens that stay for the draft; call before these are committed."""
-        features = features[:, : max(emission.counts)]
-        columns = torch.arange(features.shape[1], device=self.columns.ids.device)
-        counts = on_device(emission.counts, self.columns.ids.device).unsqueeze(-1)
+        width, device = max(emission.counts), self.columns.ids.device
+        columns = torch.arange(width, device=device)
         slots = self.columns.anchor_slots(rows).unsqueeze(-1) + columns
-        self.pending.append((features, torch.where(columns < counts, slots, PADDING)))
+        if min(emission.counts) < width:
+            slots = torch.where(columns < on_device(emission.counts, device).unsqueeze(-1), slots, PADDING)
+        self.pending.append((features[:, :width], slots))
 
     def propose(self, rows: list[Row], own_prefixes: dict[int, Row]) -> DraftBlock | None:
         """Draft a block for every row; None where there is nothing to draft.

@@ -62,18 +62,16 @@ class SlotCache(Cache):
         if stop >= self.num_slots and not self.is_static:
             growth = max(GROWTH // 4, self.num_slots // 16) if by_masks else max(GROWTH, self.num_slots // 8)
             self.num_slots = max(stop + 1, self.num_slots + growth)
-        last = self.num_slots - 1
-        is_there = slots < min(stop, last)
-        if self.is_static or (by_masks and 2 * stop > self.num_slots):
-            stop = self.num_slots
-        self.first_row, self.stop, self.start, self.columns = first_row, stop, start, None
+        self.first_row, self.start, self.columns = first_row, start, None
         self.num_placed, self.num_tokens = slots.shape
-        if start is not None:
-            return
-        rows = torch.arange(first_row, first_row + len(slots), device=slots.device).unsqueeze(-1)
-        self.rows, self.slots = rows.expand(slots.shape), torch.where(is_there, slots, last)
-        if packing is not None:
-            self.rows, self.slots = packing.pack(self.rows), packing.pack(self.slots)
+        if start is None:
+            last = self.num_slots - 1
+            rows = torch.arange(first_row, first_row + len(slots), device=slots.device).unsqueeze(-1)
+            self.rows, self.slots = rows.expand(slots.shape), torch.where(slots < min(stop, last), slots, last)
+            if packing is not None:
+                self.rows, self.slots = packing.pack(self.rows), packing.pack(self.slots)
+        reads_all = self.is_static or (by_masks and 2 * stop > self.num_slots)
+        self.stop = self.num_slots if reads_all else stop
 
     def pad_rows(self, lengths: torch.Tensor) -> torch.Tensor:
         """The next forward, already placed, reads rows of `lengths` [R] tokens with padding in front of them.

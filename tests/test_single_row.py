@@ -159,7 +159,7 @@ def test_draft_of_a_row_proposes_the_same_however_it_is_read(monkeypatch, reques
     def blocks():
         output = speculate(target, draft, prompt, **settings)
         confidences = [r.confidence_logits for r in output.rounds if r.drafted]
-        return [(r.drafted, r.emitted) for r in output.rounds], torch.cat(confidences)
+        return [(r.drafted, r.emitted) for r in output.rounds], torch.cat(confidences, dim=1)
 
     by_masks, confidences = blocks()
     request.getfixturevalue("read_as_on_cuda")
