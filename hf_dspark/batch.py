@@ -1,4 +1,4 @@
-"""The rounds of several sequences at once: rows of slot caches, each with a length of its own.
+"""The rounds of sequences, one or several, as rows of slot caches, each with a length of its own.
 
 The steps and their order are those of `generate.py`. Rows come in (`admit`) and go out when they end, so that an ended
 row costs nothing; one that verified fewer tokens, or had fewer accepted, does not hold the others up.
@@ -21,7 +21,19 @@ from .compiled import CompiledRound
 from .dispatch import note
 from .features import FeatureTap
 from .packing import Packing
-from .rows import Columns, Emission, Emit, Row, advance, groups_of, on_device, pad_ended, rows_of, up_to_stop
+from .rows import (
+    Columns,
+    Emission,
+    Emit,
+    Row,
+    advance,
+    groups_of,
+    on_device,
+    pad_ended,
+    places_of,
+    rows_of,
+    up_to_stop,
+)
 from .sampling import Prefixes
 from .schedule import Schedule
 from .slots import PADDING, SlotCache, move_into_slots, windows_of
@@ -219,7 +231,8 @@ class RowBatch:
         settings = {"first_row": self.rows[0].place, "start": start, "packing": packing}
         self.cache.place(slots, longest + draft_ids.shape[1], **settings)
         tokens = torch.cat([self.columns.anchors(self.rows).unsqueeze(-1), draft_ids], dim=1)
-        of_tokens = {"input_ids": tokens, "position_ids": self.columns.positions_with_room(slots, self.rows)}
+        last = self.columns.last_slots[places_of(self.rows)]  # a position behind it may not exist
+        of_tokens = {"input_ids": tokens, "position_ids": self.columns.positions(slots, last, self.rows)}
         of_tokens |= {name: torch.zeros_like(tokens) for name in self.token_types}
         arguments = {CACHE: self.cache, "use_cache": True, **self.tap.forward_kwargs}
         arguments |= attention_to_slots(self.target, self.cache, slots)

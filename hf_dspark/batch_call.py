@@ -1,4 +1,4 @@
-"""One generate() call over several rows: prefill, rounds of a RowBatch until all rows ended, and what it returns.
+"""One generate() call over rows, one or several: prefill, rounds of a RowBatch until all ended, what it returns.
 
 Rows go on at their own pace. Where something sees all rows at once after each token (stopping criteria of the user's,
 processors that keep a state, streamers, collected scores), they keep in step: a round adds to each as many tokens as

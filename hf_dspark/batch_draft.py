@@ -164,7 +164,8 @@ class BatchDraft:
         device = self.draft.device
         slots = pad(slots, (0, 1), value=PADDING)  # a block of one input, which the draft's forward asks for
         self.cache.place(slots, max(row.num_slots for row in rows), first_row=rows[0].place)
-        anchors, positions = self.columns.anchors(rows).unsqueeze(-1), self.columns.positions(slots, rows)
+        positions = self.columns.positions(slots, self.columns.anchor_slots(rows), rows)
+        anchors = self.columns.anchors(rows).unsqueeze(-1)
         self.draft(features.to(device), anchors.to(device), positions.to(device), self.cache)
 
     def _draft(self, features, slots, rows: list[Row], *, num_tokens: int, sampler) -> DraftBlock:

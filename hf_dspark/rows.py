@@ -10,8 +10,6 @@ from .slots import GROWTH
 from .state import Choice, Distribution, DraftBlock, RoundRecord
 from .terms import Terms
 
-_SOMEWHERE = 2**30  # a position that no token has
-
 
 @dataclass(slots=True, eq=False)
 class Row:
@@ -99,14 +97,9 @@ class Columns:
         """Their slots [R]; they change with the rows."""
         return self.slots[places_of(rows)]
 
-    def positions(self, slots: torch.Tensor, rows: list[Row] | slice) -> torch.Tensor:
-        """Positions [R, T] of slots; what is in none is somewhere."""
-        return slots.clamp_max(_SOMEWHERE) + self.shifts[places_of(rows), None]
-
-    def positions_with_room(self, slots: torch.Tensor, rows: list[Row] | slice) -> torch.Tensor:
-        """The same, but behind the last that a row has room for its last, which is sure to exist."""
-        own = places_of(rows)
-        return slots.minimum(self.last_slots[own, None]) + self.shifts[own, None]
+    def positions(self, slots: torch.Tensor, last: torch.Tensor, rows: list[Row] | slice) -> torch.Tensor:
+        """Positions [R, T] of slots; what is in none, or behind the slots `last` [R], has theirs."""
+        return slots.minimum(last.unsqueeze(-1)) + self.shifts[places_of(rows), None]
 
     def widen(self, num_columns: int) -> None:
         """Make place for columns up to `num_columns`."""

@@ -68,7 +68,7 @@ def draft_rows(
         features.to(device),
         columns.anchors(own).to(device),
         cache,
-        position_ids=columns.positions(all_slots, own).to(device),
+        position_ids=columns.positions(all_slots, inputs[:, -1], own).to(device),
         num_tokens=num_tokens,
         sampler=sampler,
         attention_mask=masks,
@@ -98,7 +98,7 @@ def verify_rows(
     slots = columns.anchor_slots(own).unsqueeze(-1) + offsets
     cache.place(slots, cache.num_slots)
     tokens = torch.cat([columns.anchors(own).unsqueeze(-1), draft_ids], dim=1)
-    positions = columns.positions_with_room(slots, own)
+    positions = columns.positions(slots, columns.last_slots[own], own)
     arguments = arguments | {"input_ids": tokens, "position_ids": positions, CACHE: cache, "use_cache": True}
     outputs = target(**arguments, **attention_to_slots(target, cache, slots), return_dict=True)
     choice = choose_by(warpers, outputs.logits.float(), draft_ids, draft_probs, *chances, limits)

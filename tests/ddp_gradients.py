@@ -37,6 +37,8 @@ def main(target_folder: str, draft_folder: str, output: str) -> None:
         gradients = {name: p.grad.contiguous() for name, p in draft.named_parameters() if p.grad is not None}
         save_file(gradients | {"loss": torch.tensor(loss)}, output)
         print(accelerator.num_processes)
+    accelerator.wait_for_everyone()  # or one's leaving ends the other's threads
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ def main(target_folder: str, draft_folder: str, plan: str, prompt: str, output_f
             rounds = [[r.drafted, r.verified, r.accepted, r.emitted] for r in output.rounds]
             found[f"{law}, {name}"] = {"sequence": output.sequences[0].tolist(), "rounds": rounds}
     Path(output_folder, f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # or one's leaving ends the other's threads
+    torch.distributed.destroy_process_group()
 
 
 def _local(target):

@@ -376,3 +376,23 @@ def test_gaps_between_tokens_are_refused_where_the_target_has_sliding_windows():
     mask = rows.prompts["attention_mask"].clone()
     mask[1, 4] = 0
     _refused(rows, "none between tokens where the target has sliding windows", attention_mask=mask)
+
+
+@pytest.mark.parametrize("lengths", [(7,), (5, 9, 2)], ids=["one row", "rows"])
+def test_no_position_is_behind_the_block_and_the_targets_are_where_there_is_room(lengths):
+    """Rope that scales with the longest position (dynamic, longrope) would change with any that no token has."""
+    rows, seen = make_rows("qwen3", lengths), {"target": [], "draft": []}
+    draft = rows.draft("noisy")
+    hooks = [
+        draft.register_forward_pre_hook(lambda _, args: seen["draft"].append(int(args[2].max()))),
+        rows.target.get_decoder().register_forward_pre_hook(
+            lambda _, args, kwargs: seen["target"].append(int(kwargs["position_ids"].max())), with_kwargs=True
+        ),
+    ]
+    rows.speculate(draft, eos_token_id=rows.new_token(0, 9) if len(lengths) > 1 else None)
+    for hook in hooks:
+        hook.remove()
+    room = max(lengths) + NEW_TOKENS
+    assert 0 < max(seen["target"]) <= room - 2  # the last token is never read
+    assert 0 < max(seen["draft"]) <= room - 1 + draft.config.num_block_inputs
+    assert len(seen["draft"]) > 5

@@ -125,7 +125,7 @@ def test_shipped_files_import_in_the_form_that_transformers_copies(name):
         (r"perf_counter|cuda\.Event", {"generate", "comparison", "costs"}),
         (r"[\"']past_key_values[\"']", {"compat", "comparison"}),
         (r"\.crop\(|activate_past_recording", {"rollback", "slots"}),
-        (r"outputs\.hidden_states|output_hidden_states\"", {"features", "verify", "batch"}),
+        (r"outputs\.hidden_states|output_hidden_states\"", {"features", "limits", "verify", "batch"}),
         (r"transformers\.models\.", {"backbone_qwen3", "backbone_gemma4", "backbone_deepseek_v4"}),
         (r"\bprint\(", {"cli", "cli_calibrate", "cli_check", "cli_convert", "cli_eval", "cli_generate", "cli_train"}),
         (r"\.tolist\(\)|\.item\(\)", READERS | OUTSIDE_THE_ROUND),

@@ -280,10 +280,11 @@ def _draft_probabilities_before_the_processors(draft_block):
     ids=["residual of the next row", "target's law instead of the residual", "draft's law before the processors"],
 )
 def test_planted_bias_is_found(function, plant, name, num_draws, monkeypatch):
+    """On the target's own cache; test_batch_law plants others in rows."""
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("hf_dspark.") and function in vars(module):
             monkeypatch.setattr(module, function, plant(vars(module)[function]))
-    law, drawn = _sample(SETTINGS[name] | {"num_draws": num_draws})
+    law, drawn = _sample(SETTINGS[name] | {"num_draws": num_draws, "in_a_row": False})
     assert p_value(law, drawn) < FOUND
 
 
