@@ -4,6 +4,7 @@ The loop switches them over for the length of a call (`block_attention_on`); a u
 `attn_implementation`, too.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,14 +88,20 @@ def _attend(
     return output.transpose(1, 2).contiguous(), None
 
 
-def draft_attention(implementation: str, attention_mask: torch.Tensor | None, eager: Callable) -> Callable:
-    """What a draft's layer attends by: the user's `implementation`, where it reads masks as drafts have them.
+def draft_attention(
+    config, attention_mask: torch.Tensor | None, kv_lengths: torch.Tensor | None, eager: Callable
+) -> Callable:
+    """What a draft's layer attends by: the attention its user chose, where it reads what says which keys are seen.
 
     A draft's mask [B, 1, g, keys] is True where seen; eager would add it to the scores, flash attention takes none.
+    Sinks most others leave out.
     """
-    if attention_mask is not None and implementation not in ("sdpa", NAME):
-        return dspark_attention
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    if kv_lengths is not None:
+        return functools.partial(dspark_attention, is_causal=config.causal, kv_lengths=kv_lengths)
+    implementation, attend = config._attn_implementation, dspark_attention
+    if not config.attention_sinks and (attention_mask is None or implementation in ("sdpa", NAME)):
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return functools.partial(attend, is_causal=False)
 
 
 def _is_block(query: torch.Tensor, key: torch.Tensor) -> bool:

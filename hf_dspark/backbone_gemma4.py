@@ -63,6 +63,7 @@ class DraftAttention(Gemma4TextAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],  # [B, new+g, head_dim] each
         cache: Cache | None,
         attention_mask: torch.Tensor | None = None,  # [B, 1, g, keys]  True where seen; None: all is
+        kv_lengths: torch.Tensor | None = None,  # [B]  keys of each row, the block's included; they replace the mask
     ) -> torch.Tensor:
         batch_size, block_size = hidden_states.shape[:2]
         rows = torch.cat([context, hidden_states], dim=1)
@@ -75,10 +76,8 @@ class DraftAttention(Gemma4TextAttention):
         value = self.v_norm(value).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = draft_attention(self.config._attn_implementation, attention_mask, eager_attention_forward)
-        output, _ = attend(
-            self, query.transpose(1, 2), key, value, attention_mask, dropout=0.0, scaling=self.scaling, is_causal=False
-        )
+        attend = draft_attention(self.config, attention_mask, kv_lengths, eager_attention_forward)
+        output, _ = attend(self, query.transpose(1, 2), key, value, attention_mask, dropout=0.0, scaling=self.scaling)
         return self.o_proj(output.reshape(batch_size, block_size, -1))
 
 
@@ -95,10 +94,10 @@ class DraftDecoderLayer(GradientCheckpointingLayer):
         self.post_feedforward_layernorm = Gemma4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.register_buffer("layer_scalar", torch.ones(1))
 
-    def forward(self, hidden_states, context, position_embeddings, cache, attention_mask=None):
+    def forward(self, hidden_states, context, position_embeddings, cache, attention_mask=None, kv_lengths=None):
         """Shapes as in `DraftAttention`; returns the block's hidden states [B, g, H]."""
         normed = self.input_layernorm(hidden_states)
-        attended = self.self_attn(normed, context, position_embeddings, cache, attention_mask)
+        attended = self.self_attn(normed, context, position_embeddings, cache, attention_mask, kv_lengths)
         hidden_states = hidden_states + self.post_attention_layernorm(attended)
         widened = self.mlp(self.pre_feedforward_layernorm(hidden_states))
         return (hidden_states + self.post_feedforward_layernorm(widened)) * self.layer_scalar

@@ -13,7 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
 )
 
-from .attention_interface import draft_attention, dspark_attention
+from .attention_interface import draft_attention
 from .configuration_dspark import DSparkConfig
 
 
@@ -34,6 +34,7 @@ class DraftAttention(Qwen3Attention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],  # [B, new+g, head_dim] each
         cache: Cache | None,
         attention_mask: torch.Tensor | None = None,  # [B, 1, g, keys]  True where seen; None: all is
+        kv_lengths: torch.Tensor | None = None,  # [B]  keys of each row, the block's included; they replace the mask
     ) -> torch.Tensor:
         batch_size, block_size = hidden_states.shape[:2]
         heads = (batch_size, -1, self.head_dim)
@@ -49,11 +50,10 @@ class DraftAttention(Qwen3Attention):
         key, _ = apply_rotary_pos_emb(key, key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        settings = {"dropout": 0.0, "scaling": self.scaling, "is_causal": False}
-        if self.config.attention_sinks:  # which most others leave out
-            attend, settings["s_aux"] = dspark_attention, self.sinks
-        else:
-            attend = draft_attention(self.config._attn_implementation, attention_mask, eager_attention_forward)
+        settings = {"dropout": 0.0, "scaling": self.scaling}
+        if self.config.attention_sinks:
+            settings["s_aux"] = self.sinks
+        attend = draft_attention(self.config, attention_mask, kv_lengths, eager_attention_forward)
         output, _ = attend(self, query, key, value, attention_mask, **settings)
         return self.o_proj(output.reshape(batch_size, block_size, -1))
 
@@ -73,10 +73,10 @@ class DraftDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states, context, position_embeddings, cache, attention_mask=None):
+    def forward(self, hidden_states, context, position_embeddings, cache, attention_mask=None, kv_lengths=None):
         """Shapes as in `DraftAttention`; returns the block's hidden states [B, g, H]."""
         normed = self.input_layernorm(hidden_states)
-        attended = self.self_attn(normed, context, position_embeddings, cache, attention_mask)
+        attended = self.self_attn(normed, context, position_embeddings, cache, attention_mask, kv_lengths)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 

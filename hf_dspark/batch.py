@@ -116,6 +116,7 @@ class RowBatch:
             if not row.terms.rule.is_prefix_free:
                 self._calls.setdefault(id(row.terms), []).append(row)
         self.rows += rows
+        self.drafting.is_whole &= features.shape[1] == slots.shape[1]
         has_padding, slots = slots.shape[1] > rows[0].num_slots, slots[:, -features.shape[1] :]
         if self.drafting.is_single and has_padding:  # for which a draft of one row has no use
             features, slots = features[:, slots[0] < PADDING], slots[:, slots[0] < PADDING]
@@ -137,7 +138,8 @@ class RowBatch:
         note("compiled round", "whole" if reason is None else f"the forwards alone: {reason}")
         if reason is None:
             rows = (self.columns, self.rows, self.token_types)
-            self.captured = self.drafting.captured = CapturedRounds(self.compiled, *arguments, *rows)
+            self.captured = CapturedRounds(self.compiled, *arguments, *rows, is_whole=self.drafting.is_whole)
+            self.drafting.captured = self.captured
 
     def drop(self, finished: list[Row], *, keep: bool = False) -> None:
         """Move ended rows behind the others; they stay as they are until another row takes their place.

@@ -138,7 +138,6 @@ class BatchCall:
         """Let the draft go on from an earlier call on this cache, whose columns have `slots` [B, n]."""
         context = context_of(self.draft, cache, slots.shape[1])
         del self.draft.contexts[cache]  # its cache is emptied, as the target's
-        batch.drafting.is_whole = slots.shape[1] == 0
         if context.last_position is None or len(context.last_position) != len(slots):
             return
         num_known = context.cache.get_seq_length() + sum(part.shape[1] for part in context.features)

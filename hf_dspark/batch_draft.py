@@ -44,8 +44,8 @@ class BatchDraft:
         self.whole_blocks, self.compiled = whole_blocks, compiled
         self.captured: CapturedRounds | None = None
         self.starts = torch.zeros_like(columns.lengths)  # the slot where a row's context begins
-        # What the host knows of contexts: there is one, without padding; it begins with its row's first token.
-        self.is_single, self.is_whole = cache.num_rows == 1 and not whole_blocks, False
+        # What the host knows of contexts: there is one, without padding; each begins with its row's first token.
+        self.is_single, self.is_whole = cache.num_rows == 1 and not whole_blocks, True
         # Features [R, w, m*H] that the draft has not read, and their slots [R, w].
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.fresh: list[tuple[Row, torch.Tensor, torch.Tensor]] = []  # the same of rows that came in behind others

@@ -46,11 +46,13 @@ class CapturedRounds:
         columns: Columns,
         rows: list[Row],
         token_types: tuple[str, ...],
+        *,
+        is_whole: bool,
     ):
         self.compiled, self.target, self.draft, self.tap = compiled, target, draft, tap
         self.columns, self.rows, self.terms = columns, rows, rows[0].terms
         self.warpers = self.terms.rule.warpers(columns.ids.device)
-        self.token_types, self._frame = token_types, None
+        self.token_types, self.is_whole, self._frame = token_types, is_whole, None
         self._ended: list[bool] = []  # as the frame has it
         # What is taken of the target's lm_head at the first use: no graph may hold that.
         draft.compute_logits(torch.zeros(1, 1, draft.config.hidden_size, dtype=draft.dtype, device=draft.device))
@@ -72,7 +74,7 @@ class CapturedRounds:
             sampler = WarpedSampler(self.warpers, rule.draft_uniforms(starts, num_tokens))
         torch.compiler.cudagraph_mark_step_begin()
         own = (self.columns, cache, slice(0, len(self.rows)), starts, frame.features, frame.slots)
-        settings = {"stop": cache.num_slots, "num_tokens": num_tokens, "sampler": sampler}
+        settings = {"stop": cache.num_slots, "num_tokens": num_tokens, "sampler": sampler, "is_whole": self.is_whole}
         block = self.compiled.draft_rows(self.draft, *own, **settings)
         # Copies, for what records keep is not to be overwritten by the next replay.
         confidence = None if block.confidence_logits is None else block.confidence_logits.clone()

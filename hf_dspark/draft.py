@@ -25,6 +25,7 @@ def draft_block(
     num_tokens: int | None = None,
     sampler: Sampler | None = None,
     attention_mask: dict[str, torch.Tensor] | None = None,
+    kv_lengths: torch.Tensor | None = None,
     forward: Callable[..., torch.Tensor] | None = None,
 ) -> DraftBlock:
     """Propose up to `block_size` tokens after the anchor; the context is read into `cache`, the block is not kept.
@@ -33,7 +34,7 @@ def draft_block(
         position_ids: default is a context without gaps, so the anchor stands at its length.
         num_tokens: sample only the first of the block's positions. The backbone always sees the whole block.
         sampler: default is greedy.
-        attention_mask: as the draft's forward takes it.
+        attention_mask, kv_lengths: as the draft's forward takes them.
         forward: default is the draft's own.
 
     Raises ValueError where the draft has no embedding or lm_head of its own and no target is bound.
@@ -48,7 +49,7 @@ def draft_block(
         stop = start + features.shape[1] + num_inputs
         position_ids = torch.arange(start, stop, device=features.device).expand(features.shape[0], -1)
     block_ids = torch.cat([anchor_ids, masks], dim=1)
-    hidden_states = (forward or draft)(features, block_ids, position_ids, cache, attention_mask)
+    hidden_states = (forward or draft)(features, block_ids, position_ids, cache, attention_mask, kv_lengths)
     drop_last(cache, num_inputs)
     # Contiguous, or matmul copies lm_head's weight for each row of the batch.
     hidden_states = hidden_states[:, config.first_slot : config.first_slot + num_tokens].contiguous()

@@ -106,11 +106,13 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         position_ids: torch.Tensor,  # [B, new+g]
         cache: Cache | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        kv_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states [B, g, H] of the block, which the heads read; the new context and the block enter `cache`.
 
         They have passed the final norm, but for DeepSeek-V4's, which `compute_logits` norms. `attention_mask` is
-        [B, 1, g, keys], True where seen, for all layers or by their type; None: as the config says.
+        [B, 1, g, keys], True where seen, for all layers or by their type; None: as the config says. `kv_lengths` [B]
+        stand in place of masks where all layers see the whole context: keys of each row, the block's included.
         Training packs many blocks behind one context, without a cache: then g counts them all and the mask parts them.
         """
         hidden_states = self._embed(block_ids)
@@ -118,18 +120,19 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         masks = attention_mask
         if not isinstance(attention_mask, dict):
             masks = dict.fromkeys(config.layer_types, attention_mask)
-        if attention_mask is None:
+        if attention_mask is None and kv_lengths is None:
             num_keys = position_ids.shape[1]
             if cache is not None:
                 num_keys, _ = cache.get_mask_sizes(num_keys, 0)
             settings = {"causal": config.causal, "window": config.sliding_window, "device": hidden_states.device}
             masks = draft_masks(config.layer_types, block_ids.shape[1], num_keys, **settings)
+        lengths = {} if kv_lengths is None else {"kv_lengths": kv_lengths}
         context = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         if self.hc_head is not None:
             hidden_states = hidden_states.unsqueeze(2).expand(-1, -1, self.hc_head.hc_mult, -1).contiguous()
         for layer, layer_type in zip(self.layers, config.layer_types, strict=True):
-            hidden_states = layer(hidden_states, context, position_embeddings, cache, masks[layer_type])
+            hidden_states = layer(hidden_states, context, position_embeddings, cache, masks[layer_type], **lengths)
         return self.norm(hidden_states) if self.hc_head is None else self.hc_head(hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -57,8 +57,12 @@ def draft_rows(
     inputs = anchor_slots.unsqueeze(-1) + torch.arange(config.num_block_inputs, device=anchor_slots.device)
     all_slots = torch.cat([slots, inputs], dim=1)
     cache.place(all_slots, stop, first_row=own.start, start=stop - all_slots.shape[1] if is_single else None)
-    masks = None  # the draft's own, where any are needed
-    if not (is_single and is_whole) or cache.stop > stop:
+    masks, lengths = None, None
+    if is_single and is_whole and cache.stop == stop:
+        pass  # as behind a cache of the draft's own
+    elif is_whole and not reads_by_masks(device) and "sliding_attention" not in config.layer_types:
+        lengths = (inputs[:, -1] + 1).to(device)
+    else:
         settings = {"causal": config.causal, "window": config.sliding_window}
         shape = (config.num_block_inputs, cache.stop, config.layer_types)
         masks = draft_slot_masks(anchor_slots, starts, *shape, **settings)
@@ -72,6 +76,7 @@ def draft_rows(
         num_tokens=num_tokens,
         sampler=sampler,
         attention_mask=masks,
+        kv_lengths=lengths,
         forward=forward,
     )
 

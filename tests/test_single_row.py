@@ -148,6 +148,26 @@ def test_rows_read_as_on_cuda_equal_plain(kind, schedule, read_as_on_cuda):
     assert draft.last_stats.tau > 1.25
 
 
+@pytest.mark.parametrize("fields", [{}, {"causal": True}, {"attention_sinks": True}, {"backbone_type": "gemma4"}], ids=str)
+@pytest.mark.parametrize("ids", ["draft", "stop tokens"])
+def test_drafts_of_rows_are_the_same_by_masks_and_by_lengths(fields, ids, request, monkeypatch):
+    rows = make_rows("qwen3", (5, 9, 2))
+    draft = make_tiny_draft(rows.target, num_hidden_layers=2, **fields)
+    settings = {"eos_token_id": [rows.new_token(0, 3)]} if ids == "stop tokens" else {}
+
+    def blocks():
+        output = rows.speculate(draft, **settings)
+        return [(r.row, r.drafted, r.emitted) for r in output.rounds], output.rounds
+
+    by_masks, rounds = blocks()
+    request.getfixturevalue("read_as_on_cuda")
+    monkeypatch.delattr("hf_dspark.traced.draft_slot_masks")
+    by_lengths, others = blocks()
+    assert by_masks == by_lengths
+    for one, other in zip(rounds, others, strict=True):
+        assert one.confidence == pytest.approx(other.confidence, abs=1e-4)
+
+
 @pytest.mark.core
 def test_draft_of_a_row_proposes_the_same_however_it_is_read(monkeypatch, request):
     """Masks, none, and a cache like the target's own hold the same for it, also behind padding."""
@@ -186,3 +206,33 @@ def test_one_sequence_is_held_once(monkeypatch):
     speculate(target, draft, prompt, max_new_tokens=12, **{CACHE: cache})
     assert (seen[0], set(seen[1:-1]), seen[-1]) == (len(cache.layers), {0}, len(cache.layers))
     assert cache.get_seq_length() == 30 + 12 - 1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("law", [{}, {"do_sample": True, "temperature": 0.8, "top_k": 0}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("schedule", [FixedLength(), ConfidenceThreshold(0.3)], ids=["whole blocks", "ragged"])
+def test_rows_attend_by_the_kernel_that_reads_lengths_on_the_device(
+    law, schedule, kernels_everywhere, read_as_on_cuda, monkeypatch
+):
+    """Both models, by Triton's (in its interpreter where there is no GPU) or the plain function."""
+    rows = make_rows("qwen3", (5, 9, 2), head_dim=16)
+    draft = rows.draft("noisy", head_dim=16)
+    for switch, ran in (("1", "Triton"), ("0", "not Triton: HF_DSPARK_KERNELS is 0; packed queries")):
+        monkeypatch.setenv("HF_DSPARK_KERNELS", switch)
+        output = rows.speculate(draft, schedule=schedule, max_new_tokens=12, **law)
+        assert draft.last_stats.kernels["block_attention"] == ran
+        if not law:
+            assert output.sequences.tolist() == rows.plain(max_new_tokens=12).tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_compiled_rounds_that_read_lengths_on_the_device_equal_plain(rows, kind, read_as_on_cuda):
+    target = make_tiny_target(kind, seed=1)
+    ids = torch.cat([random_prompt(64, 9, seed=row) for row in range(rows)])
+    expected = plain(target, ids, max_new_tokens=24, pad_token_id=0)
+    draft = make_tiny_draft(target)
+    draft.compile_round(target, backend="eager")
+    output = speculate(target, draft, ids, max_new_tokens=24, pad_token_id=0, return_dict_in_generate=True)
+    assert output.sequences.tolist() == expected.tolist()
+    assert draft.last_stats.kernels["compiled round"] == "whole"
