@@ -80,7 +80,7 @@ class BatchCall:
                 self._admit(batch, model_kwargs, cache, slots, features)
                 self._rounds(batch, outputs, streamer, keep=returns_cache)
             finally:  # also after a streamer or a criterion raised
-                if returns_cache:
+                if returns_cache and batch.cache is not None:
                     self._give_back(batch, cache, slots)
         if streamer is not None:
             streamer.end()
@@ -143,7 +143,7 @@ class BatchCall:
         num_known = context.cache.get_seq_length() + sum(part.shape[1] for part in context.features)
         if len(slots) == 1:  # of a single sequence it never reads the padding
             slots = slots[:, slots[0] < PADDING]
-        if num_known <= slots.shape[1]:
+        if 0 < num_known <= slots.shape[1]:
             batch.drafting.is_whole = num_known == slots.shape[1]
             batch.drafting.take_over(context, slots[:, -num_known:])
 

@@ -148,7 +148,9 @@ def test_rows_read_as_on_cuda_equal_plain(kind, schedule, read_as_on_cuda):
     assert draft.last_stats.tau > 1.25
 
 
-@pytest.mark.parametrize("fields", [{}, {"causal": True}, {"attention_sinks": True}, {"backbone_type": "gemma4"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"causal": True}, {"attention_sinks": True}, {"backbone_type": "gemma4"}], ids=str
+)
 @pytest.mark.parametrize("ids", ["draft", "stop tokens"])
 def test_drafts_of_rows_are_the_same_by_masks_and_by_lengths(fields, ids, request, monkeypatch):
     rows = make_rows("qwen3", (5, 9, 2))
