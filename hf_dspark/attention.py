@@ -4,6 +4,7 @@
 2. torch's flash attention, on CUDA; 3. its Triton twin. `attention_interface.py` leads models to it.
 """
 
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -18,7 +19,20 @@ _MULTIPLIES_BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 _flash_forward = torch.ops.aten._flash_attention_forward
 
 
-@with_kernel
+def _is_flash_sooner(
+    query, key, value, *, lengths=None, mask=None, window=None, softcap=None, sinks=None, **settings
+) -> str | None:
+    """Why torch's flash attention is better than the Triton twin; None where it is not, or cannot serve.
+
+    Triton's launches take the host 0.3 ms a layer, which graphs save; lengths on the device it must copy for.
+    """
+    if not query.is_cuda or lengths is not None or torch.compiler.is_compiling():
+        return None
+    limits = {"mask": mask, "softcap": softcap, "sinks": sinks}
+    return "flash is launched sooner" if why_not_flash(query, key, value, **limits) is None else None
+
+
+@functools.partial(with_kernel, unless=_is_flash_sooner)
 def block_attention(
     query: torch.Tensor,  # [B, H, L, D]
     key: torch.Tensor,  # [B, Hkv, S, D]  in the order of their positions, the block's last

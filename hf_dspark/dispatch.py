@@ -25,8 +25,11 @@ _missing: str | None = None  # why there are no twins; None: not looked yet
 _notes: dict[str, dict[str, None]] = {}  # what was said of a function since `load_kernels`, in order
 
 
-def with_kernel(function: Callable) -> Callable:
-    """`function`, whose first argument is a tensor, or its twin where that fits; the caller cannot tell."""
+def with_kernel(function: Callable, *, unless: Callable[..., str | None] | None = None) -> Callable:
+    """`function`, whose first argument is a tensor, or its twin where that fits; the caller cannot tell.
+
+    `unless`, with the same arguments, gives a reason why the plain function is better than a twin that fits.
+    """
     name = function.__name__
     _names.append(name)
 
@@ -36,6 +39,10 @@ def with_kernel(function: Callable) -> Callable:
         if _missing is None and not is_traced:
             load_kernels()
         reason = _missing
+        better = unless(tensor, *args, **kwargs) if unless is not None and name in _twins else None
+        if better is not None:
+            note(name, f"not Triton: {better}")
+            return function(tensor, *args, **kwargs)
         if name in _twins:
             twin, why_not = _twins[name]
             reason = why_not(tensor, *args, **kwargs) if tensor.device in _devices else f"it is on {tensor.device}"

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,6 +235,30 @@ def test_kernel_refuses_masks_gradients_and_mixed_types():
     assert "several types" in why_not(query.half(), key, value, **settings)
     assert "side by side" in why_not(query, key.transpose(2, 3).contiguous().transpose(2, 3), value, **settings)
     assert "head size" in why_not(query, key, value[..., :32], **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_sooner"),
+    [
+        ({}, True),
+        ({"window": 4}, True),
+        ({"lengths": torch.ones(1)}, False),
+        ({"mask": torch.ones(1)}, False),
+        ({"sinks": torch.ones(1)}, False),
+        ({"dtype": torch.float32}, False),
+        ({"is_cuda": False}, False),
+    ],
+    ids=str,
+)
+def test_flash_is_better_than_the_kernel_where_it_serves_and_nothing_is_captured(change, is_sooner, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fields = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 4, 8, 64), "device": "cuda:0"}
+    states = SimpleNamespace(**fields | {name: value for name, value in change.items() if name in fields})
+    settings = {"scaling": 1.0, "is_causal": True} | {k: v for k, v in change.items() if k not in fields}
+    assert (attention._is_flash_sooner(states, states, states, **settings) is not None) == is_sooner
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert attention._is_flash_sooner(states, states, states, **settings) is None
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason=NO_TRITON)

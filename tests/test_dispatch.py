@@ -62,6 +62,21 @@ def test_plain_function_runs_for_the_twins_reason(double):
     assert dispatch.report() == {"double": "not Triton: it is not doubled"}
 
 
+def test_plain_function_runs_where_it_is_better_than_a_twin_that_fits(double, monkeypatch):
+    def many(x, **settings):
+        return "there are many" if len(x) > 3 else None
+
+    def total(x):
+        return x.sum()
+
+    monkeypatch.setattr(dispatch._import_kernels()[0], "total", lambda x: "the twin's", raising=False)
+    chosen = dispatch.with_kernel(total, unless=many)
+    dispatch.load_kernels()
+    assert chosen(X) == "the twin's"
+    assert chosen(torch.ones(4)) == 4
+    assert dispatch.report() == {"total": "Triton; not Triton: there are many"}
+
+
 def test_switch_forces_the_plain_function_and_is_read_anew(double, monkeypatch):
     monkeypatch.setenv("HF_DSPARK_KERNELS", "0")
     dispatch.load_kernels()
