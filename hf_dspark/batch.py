@@ -35,7 +35,7 @@ from .rows import (
     up_to_stop,
 )
 from .sampling import Prefixes
-from .schedule import Schedule
+from .schedule import Schedule, checked_lengths
 from .slots import PADDING, SlotCache, move_into_slots, windows_of
 from .state import Choice, DecodeState, DraftBlock, RoundRecord
 from .terms import Verdicts
@@ -297,7 +297,7 @@ class RowBatch:
         if self.agreement.is_needed:
             limits = self.agreement.of_first(limits)
         # The width of the verification is a shape, which the host must know: one synchronisation a round.
-        return limits, limits.tolist()
+        return limits, checked_lengths(limits.tolist(), block.token_ids.shape, schedule)
 
     def _can_pack(self) -> bool:
         """Whether rows can go through the target without padding, and whether it may be worth it."""

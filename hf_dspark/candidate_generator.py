@@ -15,7 +15,7 @@ from .draft import draft_block
 from .features import FeatureTap
 from .rollback import drop_last
 from .sampling import SamplingRule
-from .schedule import ConfidenceThreshold, FixedLength
+from .schedule import ConfidenceThreshold, FixedLength, checked_lengths
 from .state import Distribution, DraftBlock, DraftContext, RoundRecord
 
 logger = logging.get_logger(__name__)
@@ -111,7 +111,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         if not self.schedule.needs_confidence:
             return block.token_ids.shape[1]
         # The width of the verification is a shape, which the host must know: one synchronisation a round.
-        return self.schedule(block.confidence).tolist()[0]
+        return checked_lengths(self.schedule(block.confidence).tolist(), block.token_ids.shape, self.schedule)[0]
 
     def get_candidates(
         self,

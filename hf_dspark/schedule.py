@@ -40,6 +40,20 @@ class Schedule:
             self.gate.reset()
 
 
+def checked_lengths(lengths: list[int], block_shape: tuple[int, int], schedule: Schedule) -> list[int]:
+    """What a schedule said of a block [B, g], which the end of a call may cut short: more than there are is all.
+
+    Raises ValueError for what is no length of each row.
+    """
+    num_rows, num_drafted = block_shape
+    if len(lengths) != num_rows or not all(isinstance(length, int) and length >= 0 for length in lengths):
+        raise ValueError(
+            f"{schedule} gave verify lengths {lengths} for confidences of {num_rows} rows of {num_drafted} drafted "
+            f"tokens. It must return an integer tensor [{num_rows}] of values from 0 to {num_drafted}."
+        )
+    return [min(length, num_drafted) for length in lengths]
+
+
 @dataclass(frozen=True, slots=True)
 class FixedLength(Schedule):
     """Verify `num_tokens` drafted tokens each round; None is the whole block, 0 never drafts."""

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny import ScriptedDraft, make_tiny_draft, plain, random_prompt, speculate
+from tiny import ScriptedDraft, make_tiny_draft, make_tiny_target, plain, random_prompt, speculate
 
 from hf_dspark import ConfidenceThreshold, FixedLength
+from hf_dspark.schedule import Schedule
 
 
 def _confidence(rows, length, seed=0):
@@ -131,3 +132,35 @@ def test_threshold_without_a_confidence_head_is_refused_by_name(target):
     draft = make_tiny_draft(target, confidence=False)
     with pytest.raises(ValueError, match="confidence head"):
         speculate(target, draft, random_prompt(64, 6), max_new_tokens=4, schedule=ConfidenceThreshold(0.5))
+
+
+class _Said(Schedule):
+    """Says whatever it is told to."""
+
+    needs_confidence, num_tokens = True, None
+
+    def __init__(self, *lengths):
+        self.lengths = lengths
+
+    def __call__(self, confidence):
+        return torch.tensor(self.lengths)
+
+
+@pytest.mark.parametrize("lengths", [(1.5,), (-1,), (2, 2), ()], ids=str)
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_schedule_of_the_users_own_that_says_what_cannot_be_is_named(kind, lengths):
+    target = make_tiny_target(kind)
+    draft = make_tiny_draft(target)
+    with pytest.raises(ValueError, match=r"_Said.*gave verify lengths.*values from 0 to 4"):
+        speculate(target, draft, random_prompt(64, 5), max_new_tokens=8, schedule=_Said(*lengths))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_more_than_was_drafted_is_all_of_it(kind):
+    target, prompt = make_tiny_target(kind), random_prompt(64, 5)
+    draft = make_tiny_draft(target)
+    settings = {"max_new_tokens": 30, "return_dict_in_generate": True}
+    whole = speculate(target, draft, prompt, **settings)
+    more = speculate(target, draft, prompt, schedule=_Said(9), **settings)
+    assert more.sequences.tolist() == whole.sequences.tolist()
+    assert [(r.verified, r.accepted) for r in more.rounds] == [(r.verified, r.accepted) for r in whole.rounds]
