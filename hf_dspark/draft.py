@@ -49,7 +49,8 @@ def draft_block(
         stop = start + features.shape[1] + num_inputs
         position_ids = torch.arange(start, stop, device=features.device).expand(features.shape[0], -1)
     block_ids = torch.cat([anchor_ids, masks], dim=1)
-    hidden_states = (forward or draft)(features, block_ids, position_ids, cache, attention_mask, kv_lengths)
+    lengths = {} if kv_lengths is None else {"kv_lengths": kv_lengths}
+    hidden_states = (forward or draft)(features, block_ids, position_ids, cache, attention_mask, **lengths)
     drop_last(cache, num_inputs)
     # Contiguous, or matmul copies lm_head's weight for each row of the batch.
     hidden_states = hidden_states[:, config.first_slot : config.first_slot + num_tokens].contiguous()
