@@ -4,6 +4,7 @@ fsdp_training.py TrainConfig-as-JSON
 """
 
 import json
+import os
 import sys
 
 import torch
@@ -34,3 +35,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     AcceleratorState.__init__ = _sharded
     train(TrainConfig(**json.loads(sys.argv[1])))
+    sys.stdout.flush()
+    os._exit(0)  # a thread of torch's now and then aborts a process of a group while it ends, when all is done

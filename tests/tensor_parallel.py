@@ -34,8 +34,7 @@ def main(target_folder: str, draft_folder: str, plan: str, prompt: str, output_f
             rounds = [[r.drafted, r.verified, r.accepted, r.emitted] for r in output.rounds]
             found[f"{law}, {name}"] = {"sequence": output.sequences[0].tolist(), "rounds": rounds}
     Path(output_folder, f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()  # or one's leaving ends the other's threads
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()  # the other may still be receiving
 
 
 def _local(target):
@@ -44,3 +43,5 @@ def _local(target):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # a thread of torch's now and then aborts a process of a group while it ends, when all is done

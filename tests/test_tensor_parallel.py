@@ -1,12 +1,11 @@
 """A target that lies in two processes: both go on with the first one's decisions, whatever their seeds."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import run_two_processes
 from test_deepseek_v4_target import make_v4_target
 from tiny import make_tiny_draft, make_tiny_target, plain
 
@@ -25,11 +24,7 @@ def test_processes_with_other_seeds_go_on_with_the_same_tokens(tmp_path, kind, p
     target = TARGETS[kind]()
     target.save_pretrained(tmp_path / "target")
     make_tiny_draft(target, seed=1).save_pretrained(tmp_path / "draft")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-    command = [sys.executable, *torchrun, SCRIPT]
-    command += [tmp_path / "target", tmp_path / "draft", json.dumps(plan), json.dumps(PROMPT), tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    run_two_processes(SCRIPT, tmp_path / "target", tmp_path / "draft", json.dumps(plan), json.dumps(PROMPT), tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert first["is_sharded"]

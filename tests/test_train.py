@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from launch import run_two_processes
 from safetensors.torch import load_file
 from tiny import random_prompt
 from tiny_files import byte_tokenizer, save_random_pair
@@ -171,9 +172,6 @@ def test_warm_start_of_the_heads_leaves_the_rest_alone(config, pair, trainable, 
     assert all(name.startswith(heads) for name in changed)
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
 def _environment():
     root = str(Path(__file__).resolve().parents[1])
     return os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -185,11 +183,8 @@ def test_sharded_run_ends_in_the_weights_of_one_process(config):
     script = str(Path(__file__).parent / "fsdp_training.py")
     for steps_left in (True, False):
         sharded = config("sharded", steps=4, optimizer="adamw")
-        # A process has been seen to abort in native code (FSDP over gloo, loaded machine): torchrun starts both again.
-        command = [sys.executable, *TORCHRUN, "--max-restarts", "2", script, json.dumps(asdict(sharded))]
         environment = _environment() | {"ACCELERATE_USE_CPU": "true", "PYTHONFAULTHANDLER": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr
+        run_two_processes(script, json.dumps(asdict(sharded)), env=environment)
         weights = _weights(sharded.output)
         assert one.keys() == weights.keys()
         for name, weight in one.items():
@@ -216,12 +211,11 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, pair):
     script = str(Path(__file__).parent / "ddp_gradients.py")
     arguments = [script, str(pair.target), str(pair.draft)]
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
-    several = [*TORCHRUN, "--max-restarts", "2"]
-    for file, prefix, processes in ((files[0], [], "1"), (files[1], several, "2")):
-        command = [sys.executable, *prefix, *arguments, str(file)]
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split()[-1] == processes
+    command = [sys.executable, *arguments, str(files[0])]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "1"
+    assert run_two_processes(*arguments, files[1], env=_environment()).split()[-1] == "2"
     one, two = (load_file(file) for file in files)
     assert one.keys() == two.keys()
     for name, gradient in one.items():
