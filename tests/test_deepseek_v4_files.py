@@ -277,12 +277,10 @@ from hf_dspark import DSparkDraftModel
 def peak():
     torch.zeros(1)
     return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
-def resident():
-    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1])
 folder, experts = sys.argv[1:]
 DSparkDraftModel.from_pretrained(sys.argv[1] + "_small", experts=experts)  # what the code itself takes
+before = peak()  # what is resident now may be less: a kernel takes cold pages away, which come back later
 open("/proc/self/clear_refs", "w").write("5")
-before = resident()
 draft = DSparkDraftModel.from_pretrained(folder, experts=experts)
 size = sum(t.numel() * t.element_size() for t in draft.state_dict().values())
 print("FIGURES", peak() - before, size)
