@@ -36,7 +36,7 @@ from .rows import (
 )
 from .sampling import Prefixes
 from .schedule import Schedule, checked_lengths
-from .slots import PADDING, SlotCache, move_into_slots, windows_of
+from .slots import SlotCache, move_into_slots, windows_of
 from .state import Choice, DecodeState, DraftBlock, RoundRecord
 from .terms import Verdicts
 from .traced import attention_to_slots
@@ -116,10 +116,6 @@ class RowBatch:
             if not row.terms.rule.is_prefix_free:
                 self._calls.setdefault(id(row.terms), []).append(row)
         self.rows += rows
-        self.drafting.is_whole &= features.shape[1] == slots.shape[1]
-        has_padding, slots = slots.shape[1] > rows[0].num_slots, slots[:, -features.shape[1] :]
-        if self.drafting.is_single and has_padding:  # for which a draft of one row has no use
-            features, slots = features[:, slots[0] < PADDING], slots[:, slots[0] < PADDING]
         self.drafting.admit(rows, features, slots)
 
     def _new_cache(self, prefilled: Cache) -> SlotCache:

@@ -53,7 +53,11 @@ class BatchDraft:
         self._laws: dict[int, list[Distribution | None]] = {}  # of the last block's tokens, by call
 
     def admit(self, rows: list[Row], features: torch.Tensor, slots: torch.Tensor) -> None:
-        """Take in the prompts' features [k, n, m*H] of new rows, and their slots [k, n]."""
+        """Take in new rows, which have `slots` [k, C], and the features [k, n, m*H] of the last n of these."""
+        self.is_whole &= features.shape[1] == slots.shape[1]
+        has_padding, slots = slots.shape[1] > rows[0].num_slots, slots[:, -features.shape[1] :]
+        if self.is_single and has_padding:  # for which a draft of one row has no use
+            features, slots = features[:, slots[0] < PADDING], slots[:, slots[0] < PADDING]
         self.starts[places_of(rows)] = slots.min(-1).values
         if rows[0].place == 0:
             self.pending, self.fresh = [(features, slots)], []
