@@ -62,7 +62,7 @@ class CapturedRounds:
     ) -> DraftBlock:
         """A block for each row; arguments as in `traced.draft_rows`, of `num_tokens` + 1 features."""
         if self._frame is None:
-            self._frame = self.compiled.frame(self.columns, features)
+            self._frame = self.compiled.frame(self.columns, self.tap, features)
         frame, rule, sampler = self._frame, self.terms.rule, TemperatureSampler()
         if features is not frame.features:
             frame.features.copy_(features)
@@ -73,9 +73,8 @@ class CapturedRounds:
         if self.warpers is not None:
             sampler = WarpedSampler(self.warpers, rule.draft_uniforms(starts, num_tokens))
         torch.compiler.cudagraph_mark_step_begin()
-        own = (self.columns, cache, slice(0, len(self.rows)), starts, frame.features, frame.slots)
-        settings = {"stop": cache.num_slots, "num_tokens": num_tokens, "sampler": sampler, "is_whole": self.is_whole}
-        block = self.compiled.draft_rows(self.draft, *own, **settings)
+        settings = {"num_tokens": num_tokens, "sampler": sampler, "is_whole": self.is_whole}
+        block = self.compiled.draft_rows(self.draft, cache, frame, starts, **settings)
         # Copies, for what records keep is not to be overwritten by the next replay.
         confidence = None if block.confidence_logits is None else block.confidence_logits.clone()
         return replace(block, token_ids=block.token_ids.clone(), confidence_logits=confidence)
@@ -92,7 +91,7 @@ class CapturedRounds:
             arguments = arguments | dict.fromkeys(self.token_types, types)
         own = (cache, self._frame, draft_ids, probs, self.warpers, chances, limits, self.terms.eos_ids, arguments)
         with self.target._optimize_model_for_decode():
-            tokens, figures = self.compiled.verify_rows(self.target, self.tap, *own)
+            tokens, figures = self.compiled.verify_rows(self.target, *own)
         # The one synchronisation of every round: which rows go on, and where they stand.
         counts, num_accepted, finished = figures.tolist()
         self._ended = [bool(ends) for ends in finished]

@@ -1,40 +1,49 @@
-"""Rounds of fixed shapes through torch.compile: `draft.compile_round(target)`.
+"""Rounds of fixed shapes as graphs: `draft.compile_round(target)`.
 
 Verification always covers a whole block, numbers of slots are rounded up, what is written stays where it is in memory
 between calls, and rows that ended are not dropped. So the same graphs serve all rounds of all calls that need about as
-many slots and as many rows; on CUDA they are captured as CUDA graphs. Prompts are read eagerly.
+many slots and as many rows. Prompts are read eagerly.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
+from .features import FeatureTap
+from .graphs import GraphedFunction
+from .layerwise import LayerCompiler, compiled
 from .rows import Columns
 from .slots import PADDING, SlotCache
-from .traced import Frame, draft_rows, verify_rows
+from .traced import Frame, draft_frame, verify_rows
 
 _MIN_SLOTS = 256
-_MAX_GRAPHS = 256  # of one function: numbers of rows and of slots, pairs of models, kinds of rules
 
 
 class CompiledRound:
     """What is compiled for a target and its draft, and the tensors it works on.
 
-    A round is two graphs, `draft_rows` and `verify_rows`; where it cannot be (`captured.why_not_captured`), the two
+    A round is two graphs, the draft's side and the target's; where it cannot be (`captured.why_not_captured`), the two
     forwards alone are graphs.
 
     Args:
-        options: of torch.compile; default is CUDA graphs on CUDA, and torch's default elsewhere.
+        options: of torch.compile, for these functions as wholes; default is CUDA graphs of them on CUDA, in which each
+            kind of decoder layer is compiled once, and torch's default elsewhere.
     """
 
     def __init__(self, target: PreTrainedModel, draft: PreTrainedModel, **options: Any):
-        if not options and target.device.type == "cuda":
-            options = {"mode": "reduce-overhead"}
-        self.target_forward = _compiled(target.forward, options)
-        self.draft_forward = _compiled(draft.forward, options)
-        self.draft_rows, self.verify_rows = _compiled(draft_rows, options), _compiled(verify_rows, options)
+        forwards = (target.forward, draft.forward)
+        if not options and is_graphed(target.device):
+            layers, pool = LayerCompiler(target, draft), torch.cuda.graph_pool_handle()
+            make = partial(GraphedFunction, scope=layers, pool=pool)
+            self.target_forward, self.draft_forward = (_Copied(make(forward)) for forward in forwards)
+        else:
+            make = partial(compiled, fullgraph=True, **options)
+            self.target_forward, self.draft_forward = map(make, forwards)
+        self.draft_rows, self.verify_rows = make(draft_frame), make(verify_rows)
         self._block_size = draft.config.block_size
         self._caches: dict[tuple, tuple[SlotCache, SlotCache]] = {}
         self._columns: dict[tuple, Columns] = {}
@@ -66,27 +75,31 @@ class CompiledRound:
             _stay(columns.ids, columns.lengths, columns.slots, columns.last_slots, columns.shifts)
         return self._columns[key]
 
-    def frame(self, columns: Columns, features: torch.Tensor) -> Frame:
+    def frame(self, columns: Columns, tap: FeatureTap, features: torch.Tensor) -> Frame:
         """What rounds keep beside them, with place for `features` [R, L+1, m*H], likewise."""
         key = (id(columns), features.shape, features.dtype)
         if key not in self._frames:
             slots = torch.full(features.shape[:2], PADDING, device=columns.ids.device)
             ended = torch.zeros(len(features), dtype=torch.bool, device=slots.device)
-            frame = Frame(columns, torch.empty_like(features), slots, ended)
+            frame = Frame(columns, tap, torch.empty_like(features), slots, ended)
             _stay(frame.features, frame.slots, frame.ended)
             self._frames[key] = frame
         return self._frames[key]
 
 
-def _compiled(function: Callable, options: dict[str, Any]) -> Callable:
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
+class _Copied:
+    """A graph whose next replay does not overwrite what it returned: what forwards return, others may keep."""
 
-    def call(*args, **kwargs):
-        # By torch's own limit the ninth shape of a process would raise.
-        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
-            return compiled(*args, **kwargs)
+    def __init__(self, function: Callable):
+        self.function = function
 
-    return call
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(torch.Tensor, torch.clone, self.function(*args, **kwargs))
+
+
+def is_graphed(device: torch.device) -> bool:
+    """Whether rounds are CUDA graphs of their own, which need no trace."""
+    return device.type == "cuda"
 
 
 def _stay(*tensors: torch.Tensor) -> None:

@@ -6,10 +6,12 @@ last layer is taken after the final norm. A target with several residual streams
 """
 
 import threading
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .compat import HIDDEN_STATES_OFFSET
@@ -41,7 +43,7 @@ class FeatureTap:
 
     def __enter__(self) -> "FeatureTap":
         if self.by_hooks:
-            layers = _decoder_layers(self._target)
+            layers = _hookable_layers(self._target)
             thread = threading.get_ident()
             for layer_id in self.target_layer_ids:
                 self._captured[layer_id] = []
@@ -90,10 +92,15 @@ def _one_stream(states: torch.Tensor) -> torch.Tensor:
     return states.mean(2) if states.ndim == 4 else states
 
 
-def _decoder_layers(target: PreTrainedModel):
-    decoder = target.get_decoder()
-    layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
-    if layers is None:
+def decoder_layers(model: PreTrainedModel) -> Iterable[nn.Module]:
+    """The decoder layers of a target or draft, in order; none where the decoder keeps them elsewhere."""
+    decoder = model.get_decoder()
+    return getattr(decoder, "layers", None) or getattr(decoder, "h", ())
+
+
+def _hookable_layers(target: PreTrainedModel) -> list[nn.Module]:
+    layers = list(decoder_layers(target))
+    if not layers:
         raise ValueError(
             f"Hooks on the decoder layers of {type(target).__name__} were needed (chunked prefill, your own "
             "`output_hidden_states`, or a draft that reads the last layer), but its decoder has neither `layers` nor "

@@ -113,6 +113,10 @@ class WarpedSampler:
         return search(probs, self.uniforms[:, drafted_ids.shape[1]]), Distribution(probs.unsqueeze(1))
 
 
+for _cls in (Warpers, WarpedSampler):  # graphs find the tensors in them
+    torch.export.register_dataclass(_cls)
+
+
 @dataclass(frozen=True, slots=True)
 class TemperatureSampler:
     """Chooses a drafted token from its logits alone: the likeliest, or one drawn from their softmax."""

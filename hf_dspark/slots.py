@@ -113,7 +113,8 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
         if self._placement.is_static:
             for states in (self.keys, self.values):
-                torch._dynamo.mark_static_address(states)
+                # Without a guard on the address, by which each layer would be compiled by itself.
+                torch._dynamo.mark_static_address(states, guard=False)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Write states [R or 1, heads, T, head size] to their slots; all that the rows may see of theirs."""

@@ -1,4 +1,4 @@
-"""A round over rows of slot caches as two functions of tensors: what `compiled.py` has torch.compile make graphs of.
+"""A round over rows of slot caches as two functions of tensors: what `compiled.py` makes graphs of.
 
 Nothing in them depends on the host but shapes: random numbers, limits and the numbers of a sampling rule are
 arguments, and what the next round begins with is written in place. The first serves eager rounds, too.
@@ -26,9 +26,26 @@ class Frame:
     """What is kept on the device between the rounds of a call whose R rows all stay."""
 
     columns: Columns
+    tap: FeatureTap  # of any call: none that needs hooks has a frame
     features: torch.Tensor  # [R, L+1, m*H]  of tokens that the draft has not read
     slots: torch.Tensor  # [R, L+1]  theirs; PADDING where a token did not stay
     ended: torch.Tensor  # [R]  rows that say nothing more
+
+
+def draft_frame(
+    draft: PreTrainedModel,
+    cache: SlotCache,
+    frame: Frame,
+    starts: torch.Tensor,  # [R]  slots where contexts begin
+    *,
+    num_tokens: int,
+    sampler: Sampler,
+    is_whole: bool,
+) -> DraftBlock:
+    """`draft_rows` for all rows of a frame, over all slots of a static cache."""
+    own = (slice(0, len(starts)), starts, frame.features, frame.slots)
+    settings = {"num_tokens": num_tokens, "sampler": sampler, "is_whole": is_whole}
+    return draft_rows(draft, frame.columns, cache, *own, stop=cache.num_slots, **settings)
 
 
 def draft_rows(
@@ -83,7 +100,6 @@ def draft_rows(
 
 def verify_rows(
     target: PreTrainedModel,
-    tap: FeatureTap,
     cache: SlotCache,
     frame: Frame,
     draft_ids: torch.Tensor,  # [R, L]
@@ -111,7 +127,7 @@ def verify_rows(
     room = columns.last_slots[own] + 1 - slots[:, 0]
     finished = frame.ended | at_eos | (counts >= room)
     counts = counts.minimum(room).masked_fill(frame.ended, 0)
-    frame.features.copy_(tap.take(outputs))
+    frame.features.copy_(frame.tap.take(outputs))
     frame.slots.copy_(torch.where(offsets < counts.unsqueeze(-1), slots, PADDING))
     frame.ended.copy_(finished)
     columns.write(own, choice.token_ids, counts)

@@ -25,7 +25,7 @@ def why_not_sample_block(base_logits, anchor_ids, hidden_states, draft, sampler)
     head = draft.markov_head
     if torch.compiler.is_compiling():
         return "it is traced"
-    if not hasattr(sampler, "uniforms"):
+    if not hasattr(sampler, "temperature"):
         return "logits processors other than a temperature have a say"
     if head is None or head.reads_hidden_states:
         return f"the draft has {'no sequential' if head is None else 'another'} head than `vanilla`"

@@ -1,0 +1,86 @@
+"""Functions as CUDA graphs, captured as they are: no trace, so that Triton kernels run in them and nothing is refused.
+
+One graph for each set of shapes, and of arguments that are no tensors; all share their memory.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    replay: Callable[[], None]
+    inputs: list[torch.Tensor]  # which it reads
+    result: Any  # which it writes
+
+
+class GraphedFunction:
+    """`function`, whose first call with arguments of a kind runs it, whose second captures it, and others replay it.
+
+    What a call returns is overwritten by the next one with such arguments. Tensors among these, also in containers and
+    registered dataclasses, are copied to where the graph reads them; of everything else it is the same object, or an
+    equal one, that makes arguments of a kind. What the function does on the host, a replay leaves out.
+
+    Args:
+        scope: is open while the function runs, or is captured.
+        pool: of `torch.cuda.graph_pool_handle()`; graphs that share one run one after the other.
+    """
+
+    def __init__(self, function: Callable, scope: Callable[[], AbstractContextManager], pool: Any):
+        self._function, self._scope, self._pool = function, scope, pool
+        self._graphs: dict[tuple, _Graph | None] = {}  # None: it cannot be captured
+        self._seen: set[tuple] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        kind = (structure, *map(_kind_of, leaves))
+        if kind in self._seen and kind not in self._graphs:
+            self._graphs[kind] = self._capture(leaves, structure)
+        self._seen.add(kind)
+        graph = self._graphs.get(kind)
+        if graph is None:
+            with self._scope():
+                return self._function(*args, **kwargs)
+        for own, tensor in zip(graph.inputs, tensors, strict=True):
+            own.copy_(tensor)
+        graph.replay()
+        return graph.result
+
+    @property
+    def num_graphs(self) -> int:
+        """How many were captured."""
+        return sum(graph is not None for graph in self._graphs.values())
+
+    def _capture(self, leaves: list, structure) -> _Graph | None:
+        leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(leaves, structure)
+        try:
+            with self._scope():
+                replay, result = capture(lambda: self._function(*args, **kwargs), self._pool)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            logger.warning_once(f"{self._function.__name__} cannot be a CUDA graph and runs without: {reason}")
+            return None
+        return _Graph(replay, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], result)
+
+
+def capture(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+    """What runs `run` again as a CUDA graph, and the result that this writes."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on with what a capture does not allow.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = run()
+    return graph.replay, result
+
+
+def _kind_of(leaf: Any) -> Any:
+    return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf

@@ -1,0 +1,266 @@
+"""CUDA graphs of rounds, and layers compiled one by one. Here a capture is a function that is run again at a replay."""
+
+from functools import partial
+
+import pytest
+import torch
+from test_compiled import SAMPLED, VOCAB, _Never, _rows, _speculate
+from tiny import make_tiny_draft, make_tiny_target, plain, random_prompt
+from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
+
+from hf_dspark import compiled, graphs, sampling
+from hf_dspark.dispatch import load_kernels
+from hf_dspark.graphs import GraphedFunction
+from hf_dspark.layerwise import LayerCompiler
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def _capture(keep):
+    """`graphs.capture` without a GPU. A capture computes nothing: what `keep()` gives is as before."""
+
+    def capture(run, pool):
+        kept = [tensor for tensor in keep()]
+        before = [tensor.clone() for tensor in kept]
+        result = run()
+        for tensor, value in zip(kept, before, strict=True):
+            tensor.copy_(value)
+
+        def replay():
+            for own, new in zip(_tensors(result), _tensors(run()), strict=True):
+                own.copy_(new)
+
+        return replay, result
+
+    return capture
+
+
+def _tensors(result):
+    if hasattr(result, "__dataclass_fields__") and not isinstance(result, dict):
+        result = [getattr(result, name) for name in result.__dataclass_fields__]
+        return [tensor for part in result for tensor in _tensors(part)]
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def _kept(round):
+    """The tensors that graphs write in place."""
+    for columns in round._columns.values():
+        yield from (columns.ids, columns.lengths, columns.slots, columns.last_slots, columns.shifts)
+    for frame in round._frames.values():
+        yield from (frame.features, frame.slots, frame.ended)
+    for caches in round._caches.values():
+        for layer in (layer for cache in caches for layer in cache.layers if layer.is_initialized):
+            yield from (layer.keys, layer.values)
+
+
+@pytest.fixture
+def graphed(monkeypatch):
+    """(kind of target, fields of the draft) -> a pair whose rounds are graphs, as on CUDA."""
+    monkeypatch.setattr(compiled, "is_graphed", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(compiled, "LayerCompiler", partial(LayerCompiler, backend="eager"))
+
+    def make(kind="qwen3", **fields):
+        target = make_tiny_target(kind, seed=1, vocab_size=VOCAB)
+        draft = make_tiny_draft(target, seed=1, **fields)
+        draft.compile_round(target)
+        round = draft.compiled_rounds[target]
+        monkeypatch.setattr(graphs, "capture", _capture(lambda: _kept(round)))
+        return target, draft
+
+    return make
+
+
+def _num_graphs(draft, target):
+    round = draft.compiled_rounds[target]
+    return round.draft_rows.num_graphs, round.verify_rows.num_graphs
+
+
+def test_prompts_of_fifty_lengths_take_a_graph_of_each_side(graphed):
+    target, draft = graphed()
+    accepted = []
+    for length in range(1, 51):
+        prompt = random_prompt(VOCAB, length, seed=length)
+        output = _speculate(target, draft, prompt, max_new_tokens=20)
+        assert output.sequences.tolist() == plain(target, prompt, max_new_tokens=20).tolist()
+        accepted += [round.num_accepted for round in output.rounds]
+    assert _num_graphs(draft, target) == (1, 1)
+    assert counters["stats"]["unique_graphs"] == 2  # a layer of each model, which all its layers share
+    assert draft.last_stats.kernels["compiled round"] == "whole"
+    assert {0, 1, 2} <= set(accepted)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gemma4_text", "gpt_oss", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_graphs_of_rounds_say_what_plain_generate_says(graphed, kind, rows):
+    target, draft = graphed(kind)
+    for seed in (0, 7):
+        ids = _rows(12, rows, seed=seed)
+        expected = plain(target, ids, max_new_tokens=24, pad_token_id=0)
+        assert _speculate(target, draft, ids, max_new_tokens=24).sequences.tolist() == expected.tolist()
+    assert _num_graphs(draft, target) == (1, 1)
+
+
+@pytest.mark.parametrize("fields", [{"head": "gated"}, {"head": "rnn"}, {"draft_vocab_size": 4}, {"causal": True}], ids=str)
+def test_every_kind_of_draft_is_a_graph(graphed, fields):
+    target, draft = graphed(**fields)
+    if "draft_vocab_size" in fields:
+        draft.set_draft_tokens(torch.tensor([0, 1, 3, 5]))
+    ids = _rows(7, 3)
+    expected = plain(target, ids, max_new_tokens=24, pad_token_id=0)
+    assert _speculate(target, draft, ids, max_new_tokens=24).sequences.tolist() == expected.tolist()
+    assert _num_graphs(draft, target) == (1, 1)
+
+
+def test_rounds_keep_what_they_emitted(graphed):
+    target, draft = graphed()
+    output = _speculate(target, draft, _rows(9, 1), max_new_tokens=40)
+    emitted = [token for round in output.rounds for token in round.emitted]
+    assert emitted == output.sequences[0, 10:].tolist()
+    eager = _speculate(target, make_tiny_draft(target, seed=1), _rows(9, 1), max_new_tokens=40)
+    drafted = [[round.draft_ids.tolist() for round in rounds][:5] for rounds in (output.rounds, eager.rounds)]
+    assert drafted[0] == drafted[1]
+
+
+def test_rows_that_end_and_other_numbers_of_rows(graphed):
+    target, draft = graphed()
+    for rows in (6, 2, 6):
+        for eos in range(VOCAB):
+            settings = {"max_new_tokens": 30, "eos_token_id": eos, "pad_token_id": 0}
+            ids = _rows(5, rows)
+            output = _speculate(target, draft, ids, **settings)
+            assert output.sequences.tolist() == plain(target, ids, **settings).tolist()
+    assert _num_graphs(draft, target) == (2, 2)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_graphs_draw_the_tokens_that_eager_rounds_draw(graphed, monkeypatch, name):
+    monkeypatch.setattr(sampling, "_top_k_warper", lambda settings: None)  # as on a GPU
+    target, draft = graphed()
+    eager, ids = make_tiny_draft(target, seed=1), _rows(5, 2)
+    settings = {"do_sample": True, "max_new_tokens": 50, **SAMPLED[name]}
+    for seed in range(4):
+        said = []
+        for model in (draft, eager):
+            torch.manual_seed(seed)
+            output = _speculate(target, model, ids, **settings)
+            said.append([[r.emitted for r in output.rounds if r.row == row][:9] for row in range(2)])
+        assert said[0] == said[1]
+    assert _num_graphs(draft, target) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 1.3}, {"stopping_criteria": [_Never()]}, {"output_logits": True, "output_hidden_states": True}],
+    ids=["processor", "criterion", "extras"],
+)
+def test_forwards_alone_are_graphs_that_others_may_keep_results_of(graphed, settings):
+    target, draft = graphed()
+    ids = _rows(6, 2)
+    output = _speculate(target, draft, ids, max_new_tokens=24, **settings)
+    expected = plain(target, ids, max_new_tokens=24, return_dict_in_generate=True, **settings)
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    for own, other in zip(output.logits or (), expected.logits or (), strict=True):
+        torch.testing.assert_close(own, other)
+    round = draft.compiled_rounds[target]
+    assert _num_graphs(draft, target) == (0, 0)
+    assert [f.function.num_graphs for f in (round.target_forward, round.draft_forward)] == [1, 1]
+
+
+def test_what_cannot_be_captured_runs_without_graphs(graphed, monkeypatch):
+    target, draft = graphed()
+
+    def refuse(run, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    said = []
+    monkeypatch.setattr(graphs.logger, "warning_once", said.append)
+    ids = _rows(6, 2)
+    output = _speculate(target, draft, ids, max_new_tokens=24)
+    assert output.sequences.tolist() == plain(target, ids, max_new_tokens=24).tolist()
+    assert _num_graphs(draft, target) == (0, 0)
+    assert len(said) == 2
+    assert all("operation not permitted when stream is capturing" in text and "more" not in text for text in said)
+
+
+def test_layers_run_by_kernels_are_traced_as_on_cuda(graphed, kernels_everywhere, read_as_on_cuda):
+    target, draft = graphed()
+    load_kernels()
+    for rows in (1, 2):
+        ids = _rows(6, rows)
+        output = _speculate(target, draft, ids, max_new_tokens=16)
+        assert output.sequences.tolist() == plain(target, ids, max_new_tokens=16).tolist()
+    assert counters["stats"]["unique_graphs"] == 4
+    assert _num_graphs(draft, target) == (2, 2)
+
+
+def test_layers_are_as_they_were_when_they_are_not_being_compiled(graphed):
+    target, draft = graphed()
+    hooks = [dict(module._forward_hooks) for module in target.modules()]
+    compiler = LayerCompiler(target, draft, backend="eager")
+    layers = [*target.model.layers, *draft.layers]
+    with pytest.raises(KeyError), compiler():
+        assert all("forward" in vars(layer) for layer in layers)
+        raise KeyError
+    assert not any("forward" in vars(layer) for layer in layers)
+    assert [dict(module._forward_hooks) for module in target.modules()] == hooks
+
+
+def test_arguments_of_a_kind_share_a_graph_and_are_copied(monkeypatch):
+    monkeypatch.setattr(graphs, "capture", _capture(tuple))
+    calls = []
+
+    def double(pair, *, by):
+        calls.append(by)
+        return {"sum": pair["a"] + by * pair["b"]}
+
+    run = GraphedFunction(double, scope=LayerCompiler(), pool=None)
+    results = [run({"a": torch.full((2,), float(i)), "b": torch.ones(2)}, by=2)["sum"] for i in range(5)]
+    assert results[0].tolist() == [2, 2]
+    assert results[1] is results[4]  # which the last call has written
+    assert results[4].tolist() == [6, 6]
+    assert run.num_graphs == 1
+    first = torch.arange(3.0)
+    for _ in range(3):  # another shape, another number
+        assert run({"a": first, "b": first}, by=3)["sum"].tolist() == [0, 4, 8]
+    assert first.tolist() == [0, 1, 2]
+    assert run.num_graphs == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_p": 0.9}], ids=["greedy", "sampled"])
+def test_cuda_graphs_hold_whole_rounds(settings):
+    target = make_tiny_target("qwen3", seed=1, vocab_size=VOCAB).to("cuda")
+    draft = make_tiny_draft(target, seed=1).to("cuda")
+    draft.compile_round(target)
+    for rows in (1, 2):
+        for length in (5, 9, 14):
+            ids = _rows(length, rows).to("cuda")
+            output = _speculate(target, draft, ids, max_new_tokens=24, **settings)
+            assert output.sequences.shape == (rows, length + 24)
+            if not settings:
+                assert output.sequences.tolist() == plain(target, ids, max_new_tokens=24).tolist()
+    assert draft.last_stats.kernels["compiled round"] == "whole"
+    assert _num_graphs(draft, target) == (2, 2)
+    assert counters["stats"]["unique_graphs"] == 4
+
+
+@pytest.mark.gpu
+def test_forwards_alone_are_cuda_graphs():
+    target = make_tiny_target("qwen3", seed=1, vocab_size=VOCAB).to("cuda")
+    draft = make_tiny_draft(target, seed=1).to("cuda")
+    draft.compile_round(target)
+    ids = _rows(7, 2).to("cuda")
+    settings = {"max_new_tokens": 24, "repetition_penalty": 1.3}
+    output = _speculate(target, draft, ids, **settings)
+    assert output.sequences.tolist() == plain(target, ids, **settings).tolist()
+    round = draft.compiled_rounds[target]
+    assert [f.function.num_graphs for f in (round.target_forward, round.draft_forward)] == [1, 1]
