@@ -109,7 +109,8 @@ class RowBatch:
             self.cache = self._new_cache(cache)
         for place, row in enumerate(rows, first):
             row.place = place
-        move_into_slots(cache, slots, self.cache, slots.shape[1], first_row=first)
+        is_unpadded = all(row.num_slots == slots.shape[1] for row in rows)
+        move_into_slots(cache, slots, self.cache, slots.shape[1], first_row=first, is_unpadded=is_unpadded)
         self.token_types = token_types
         self.columns.put(rows, input_ids, slots[:, -1], positions)
         for row in rows:
@@ -180,8 +181,7 @@ class RowBatch:
             width = block.token_ids.shape[1]
         rooms, packing = [row.room for row in self.rows], self._packing()
         if self.captured is not None and block is not None:
-            with watch.part("verify"):
-                emission, logits, outputs = self._captured(block, limits), None, None
+            emission, logits, outputs = self._captured(block, limits, watch), None, None
         else:
             draft_ids = self._draft_ids(block, width)
             with watch.part("verify"):
@@ -313,9 +313,13 @@ class RowBatch:
             return None
         return Packing.of_lengths([length + 1 for length in self._lengths], self.columns.ids.device)
 
-    def _captured(self, block: DraftBlock, limits: torch.Tensor | None) -> Emission:
+    def _captured(self, block: DraftBlock, limits: torch.Tensor | None, watch) -> Emission:
         """Verify, accept and commit in a graph."""
-        emission = self.captured.verify(self.cache, block, limits)
+        with watch.part("verify"):
+            self.captured.verify(self.cache, block, limits)
+        with watch.part("draft"):
+            self.captured.draft_ahead()
+        emission = self.captured.read()
         self.drafting.pending = [self.captured.pending]
         advance(self.rows, emission.counts)
         return emission

@@ -1,7 +1,7 @@
 """The rounds of one call as two graphs each: the draft's side up to its tokens, and from there to what is emitted.
 
 Random numbers are drawn outside of them, so that a seed gives the tokens it gives eagerly. The host reads one small
-tensor a round.
+tensor a round. On CUDA the next block is drafted before it does: the device works on while the host reads and records.
 """
 
 from dataclasses import replace
@@ -54,6 +54,10 @@ class CapturedRounds:
         self.warpers = self.terms.rule.warpers(columns.ids.device)
         self.token_types, self.is_whole, self._frame = token_types, is_whole, None
         self._ended: list[bool] = []  # as the frame has it
+        self._drafted: tuple[SlotCache, torch.Tensor, int] | None = None  # what the last block was drafted from
+        self._ahead: DraftBlock | None = None
+        self._tokens: torch.Tensor | None = None  # of the round under way
+        self._figures = _ToHost(columns.ids.device)
         # What is taken of the target's lm_head at the first use: no graph may hold that.
         draft.compute_logits(torch.zeros(1, 1, draft.config.hidden_size, dtype=draft.dtype, device=draft.device))
 
@@ -63,24 +67,21 @@ class CapturedRounds:
         """A block for each row; arguments as in `traced.draft_rows`, of `num_tokens` + 1 features."""
         if self._frame is None:
             self._frame = self.compiled.frame(self.columns, self.tap, features)
-        frame, rule, sampler = self._frame, self.terms.rule, TemperatureSampler()
+        frame, ended = self._frame, [row.ended for row in self.rows]
+        ahead, self._ahead = self._ahead, None
+        is_next = features is frame.features and ended == self._ended
+        if ahead is not None and is_next and ahead.token_ids.shape[1] == num_tokens:
+            return ahead
         if features is not frame.features:
             frame.features.copy_(features)
             frame.slots.copy_(slots)
-        ended = [row.ended for row in self.rows]
         if ended != self._ended:  # at the first token, or in rounds that did not draft
             frame.ended.copy_(torch.tensor(ended))
-        if self.warpers is not None:
-            sampler = WarpedSampler(self.warpers, rule.draft_uniforms(starts, num_tokens))
-        torch.compiler.cudagraph_mark_step_begin()
-        settings = {"num_tokens": num_tokens, "sampler": sampler, "is_whole": self.is_whole}
-        block = self.compiled.draft_rows(self.draft, cache, frame, starts, **settings)
-        # Copies, for what records keep is not to be overwritten by the next replay.
-        confidence = None if block.confidence_logits is None else block.confidence_logits.clone()
-        return replace(block, token_ids=block.token_ids.clone(), confidence_logits=confidence)
+        self._drafted = (cache, starts, num_tokens)
+        return self._block(*self._drafted)
 
-    def verify(self, cache: SlotCache, block: DraftBlock, limits: torch.Tensor | None) -> Emission:
-        """What a round emits; it is committed, but for what rows count on the host."""
+    def verify(self, cache: SlotCache, block: DraftBlock, limits: torch.Tensor | None) -> None:
+        """Begin a round that verifies `block`; what it emits, `read` says."""
         rule, draft_ids, chances, probs = self.terms.rule, block.token_ids, (None, None), None
         if self.warpers is not None:
             chances = (rule.uniforms(draft_ids), rule.exponentials(block.draft_logits[:, 0]))
@@ -92,12 +93,56 @@ class CapturedRounds:
         own = (cache, self._frame, draft_ids, probs, self.warpers, chances, limits, self.terms.eos_ids, arguments)
         with self.target._optimize_model_for_decode():
             tokens, figures = self.compiled.verify_rows(self.target, *own)
+        self._tokens = tokens.clone()
+        self._figures.send(figures)
+
+    def draft_ahead(self) -> None:
+        """Draft the next block; nothing of it counts where no round follows."""
+        if self.compiled.is_graphed:
+            self._ahead = self._block(*self._drafted)
+
+    def read(self) -> Emission:
+        """What the round emits; it is committed, but for what rows count on the host."""
         # The one synchronisation of every round: which rows go on, and where they stand.
-        counts, num_accepted, finished = figures.tolist()
+        counts, num_accepted, finished = self._figures.receive().tolist()
         self._ended = [bool(ends) for ends in finished]
-        return Emission(tokens.clone(), counts, num_accepted, self._ended, None)
+        return Emission(self._tokens, counts, num_accepted, self._ended, None)
+
+    def _block(self, cache: SlotCache, starts: torch.Tensor, num_tokens: int) -> DraftBlock:
+        sampler = TemperatureSampler()
+        if self.warpers is not None:
+            sampler = WarpedSampler(self.warpers, self.terms.rule.draft_uniforms(starts, num_tokens))
+        torch.compiler.cudagraph_mark_step_begin()
+        settings = {"num_tokens": num_tokens, "sampler": sampler, "is_whole": self.is_whole}
+        block = self.compiled.draft_rows(self.draft, cache, self._frame, starts, **settings)
+        # Copies, for what records keep is not to be overwritten by the next replay.
+        confidence = None if block.confidence_logits is None else block.confidence_logits.clone()
+        return replace(block, token_ids=block.token_ids.clone(), confidence_logits=confidence)
 
     @property
     def pending(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Features that the draft has not read, and their slots."""
         return self._frame.features, self._frame.slots
+
+
+class _ToHost:
+    """A small tensor's way to the host, beside what the device is given to do after it was sent."""
+
+    def __init__(self, device: torch.device):
+        self._is_cuda = device.type == "cuda"
+        self._on_host: torch.Tensor | None = None
+        self._sent = None
+
+    def send(self, tensor: torch.Tensor) -> None:
+        if not self._is_cuda:
+            self._on_host = tensor
+            return
+        if self._on_host is None:
+            self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._on_host.copy_(tensor, non_blocking=True)
+        self._sent = torch.cuda.current_stream(tensor.device).record_event()
+
+    def receive(self) -> torch.Tensor:
+        if self._is_cuda:
+            self._sent.synchronize()
+        return self._on_host

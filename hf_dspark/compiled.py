@@ -30,14 +30,20 @@ class CompiledRound:
     forwards alone are graphs.
 
     Args:
-        options: of torch.compile, for these functions as wholes; default is CUDA graphs of them on CUDA, in which each
-            kind of decoder layer is compiled once, and torch's default elsewhere.
+        options: of torch.compile. On CUDA it compiles each kind of decoder layer once, and these functions are CUDA
+            graphs; elsewhere it compiles them as wholes.
     """
 
     def __init__(self, target: PreTrainedModel, draft: PreTrainedModel, **options: Any):
         forwards = (target.forward, draft.forward)
-        if not options and is_graphed(target.device):
-            layers, pool = LayerCompiler(target, draft), torch.cuda.graph_pool_handle()
+        self.is_graphed = is_graphed(target.device)
+        if self.is_graphed:
+            if options.get("mode") in ("reduce-overhead", "max-autotune"):
+                raise ValueError(
+                    f"mode={options['mode']!r} makes CUDA graphs of what it compiles, and rounds are CUDA graphs "
+                    'already. Leave it out, or use "max-autotune-no-cudagraphs".'
+                )
+            layers, pool = LayerCompiler(target, draft, **options), torch.cuda.graph_pool_handle()
             make = partial(GraphedFunction, scope=layers, pool=pool)
             self.target_forward, self.draft_forward = (_Copied(make(forward)) for forward in forwards)
         else:

@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    replay: Callable[[], None]
+    graph: Any  # torch.cuda.CUDAGraph
     inputs: list[torch.Tensor]  # which it reads
     result: Any  # which it writes
 
@@ -46,14 +46,14 @@ class GraphedFunction:
         if kind in self._seen and kind not in self._graphs:
             self._graphs[kind] = self._capture(leaves, structure)
         self._seen.add(kind)
-        graph = self._graphs.get(kind)
-        if graph is None:
+        captured = self._graphs.get(kind)
+        if captured is None:
             with self._scope():
                 return self._function(*args, **kwargs)
-        for own, tensor in zip(graph.inputs, tensors, strict=True):
+        for own, tensor in zip(captured.inputs, tensors, strict=True):
             own.copy_(tensor)
-        graph.replay()
-        return graph.result
+        captured.graph.replay()
+        return captured.result
 
     @property
     def num_graphs(self) -> int:
@@ -65,21 +65,21 @@ class GraphedFunction:
         args, kwargs = tree_unflatten(leaves, structure)
         try:
             with self._scope():
-                replay, result = capture(lambda: self._function(*args, **kwargs), self._pool)
+                graph, result = capture(lambda: self._function(*args, **kwargs), self._pool)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             logger.warning_once(f"{self._function.__name__} cannot be a CUDA graph and runs without: {reason}")
             return None
-        return _Graph(replay, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], result)
+        return _Graph(graph, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], result)
 
 
-def capture(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-    """What runs `run` again as a CUDA graph, and the result that this writes."""
+def capture(run: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
+    """`run` as a CUDA graph, and the result that its replays write."""
     graph = torch.cuda.CUDAGraph()
     # Other threads may go on with what a capture does not allow.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = run()
-    return graph.replay, result
+    return graph, result
 
 
 def _kind_of(leaf: Any) -> Any:

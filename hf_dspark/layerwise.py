@@ -90,9 +90,13 @@ def _cache_layer_of(layer: nn.Module) -> int | None:
 
 @contextmanager
 def _without_recorders(module: nn.Module) -> Iterator[None]:
-    """A module inside of a layer without transformers' hooks that record attention weights: no trace gets past them."""
+    """A module in a layer without transformers' hooks that record attention weights: no trace gets past them."""
     hooks = module._forward_hooks
-    recorders = [key for key, hook in hooks.items() if getattr(hook, "__module__", None) == "transformers.utils.output_capturing"]
+    recorders = [
+        key
+        for key, hook in hooks.items()
+        if getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+    ]
     taken = {key: hooks.pop(key) for key in recorders}
     try:
         yield

@@ -56,7 +56,7 @@ class SlotCache(Cache):
         """The next forward writes to `slots` [R, T] of rows from `first_row` on, and reads slots before `stop`.
 
         Tokens whose slot is not below `stop` are written to the last slot of their row, which nothing sees. With
-        `start` it is a single row, whose slots lie side by side from there on. With `packing` tokens come packed.
+        `start` the slots of each row lie side by side from there on. With `packing` tokens come packed.
         """
         by_masks = reads_by_masks(slots.device)
         if stop >= self.num_slots and not self.is_static:
@@ -123,15 +123,15 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         elif self.keys.shape[2] < place.num_slots:
             self.keys, self.values = self._grown(self.keys), self._grown(self.values)
+        own = slice(place.first_row, place.first_row + place.num_placed)
         if place.start is None:
             rows, slots = place.rows.to(key_states.device), place.slots.to(key_states.device)
             self.keys[rows, :, slots] = key_states.transpose(1, 2)
             self.values[rows, :, slots] = value_states.transpose(1, 2)
         else:
             side_by_side = slice(place.start, place.start + key_states.shape[2])
-            self.keys[place.first_row, :, side_by_side] = key_states[0]
-            self.values[place.first_row, :, side_by_side] = value_states[0]
-        own = slice(place.first_row, place.first_row + place.num_placed)
+            self.keys[own, :, side_by_side] = key_states
+            self.values[own, :, side_by_side] = value_states
         if place.columns is not None:
             columns = place.columns.to(self.device)
             row = torch.arange(own.start, own.stop, device=self.device).unsqueeze(-1)
@@ -191,17 +191,22 @@ def windows_of(cache: Cache, config) -> list[int | None]:
     return [getattr(layer, "sliding_window", w) for layer, w in zip(cache.layers, windows, strict=False)]
 
 
-def move_into_slots(cache: Cache, slots: torch.Tensor, into: SlotCache, stop: int, *, first_row: int = 0) -> None:
+def move_into_slots(
+    cache: Cache, slots: torch.Tensor, into: SlotCache, stop: int, *, first_row: int = 0, is_unpadded: bool = False
+) -> None:
     """Move a dynamic cache of R rows and n columns to slots [R, n], all below `stop`; padding's slot is PADDING.
 
-    No more than one layer is held twice. The cache is empty afterwards.
+    `is_unpadded`: these are 0 to n - 1. No more than one layer is held twice. The cache is empty afterwards.
     """
-    into.place(slots, stop, first_row=first_row)
+    into.place(slots, stop, first_row=first_row, start=0 if is_unpadded else None)
     rows, placed = into.rows, into.slots
     for source, layer in zip(cache.layers, into.layers, strict=True):
         if source.is_initialized:
-            own = slice(-source.keys.shape[2], None)  # a sliding layer has only the last columns
-            into.rows, into.slots = rows[:, own], placed[:, own]
+            num_columns = source.keys.shape[2]  # a sliding layer has only the last
+            if is_unpadded:
+                into.start = slots.shape[1] - num_columns
+            else:
+                into.rows, into.slots = rows[:, -num_columns:], placed[:, -num_columns:]
             layer.update(source.keys, source.values)
             _release(source)
 

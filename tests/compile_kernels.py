@@ -88,6 +88,7 @@ def _merge(head_dim: int) -> Build:
     arguments = dict.fromkeys(("num_splits", "num_rows"), "i32")
     arguments |= {"partial": "*fp32", "statistics": "*fp32", "sinks": "*bf16", "output": "*bf16"}
     arguments |= {"NUM_HEADS": 32, "HEAD_DIM": head_dim, "HAS_SINKS": True}
+    arguments["BLOCK_SPLITS"] = attention.BLOCK_SPLITS
     return Build(
         f"merge of splits, {head_dim}", attention.merge_splits_kernel, arguments, attention.options(head_dim, 2)
     )

@@ -1,6 +1,4 @@
-"""CUDA graphs of rounds, and layers compiled one by one. Here a capture is a function that is run again at a replay."""
-
-from functools import partial
+"""CUDA graphs of rounds, and layers compiled one by one. Here a replay runs the captured function again."""
 
 import pytest
 import torch
@@ -9,7 +7,7 @@ from tiny import make_tiny_draft, make_tiny_target, plain, random_prompt
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
-from hf_dspark import compiled, graphs, sampling
+from hf_dspark import ConfidenceThreshold, FixedLength, compiled, graphs, sampling
 from hf_dspark.dispatch import load_kernels
 from hf_dspark.graphs import GraphedFunction
 from hf_dspark.layerwise import LayerCompiler
@@ -33,11 +31,12 @@ def _capture(keep):
         for tensor, value in zip(kept, before, strict=True):
             tensor.copy_(value)
 
-        def replay():
-            for own, new in zip(_tensors(result), _tensors(run()), strict=True):
-                own.copy_(new)
+        class Graph:
+            def replay(self):
+                for own, new in zip(_tensors(result), _tensors(run()), strict=True):
+                    own.copy_(new)
 
-        return replay, result
+        return Graph(), result
 
     return capture
 
@@ -65,12 +64,11 @@ def graphed(monkeypatch):
     """(kind of target, fields of the draft) -> a pair whose rounds are graphs, as on CUDA."""
     monkeypatch.setattr(compiled, "is_graphed", lambda device: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(compiled, "LayerCompiler", partial(LayerCompiler, backend="eager"))
 
     def make(kind="qwen3", **fields):
         target = make_tiny_target(kind, seed=1, vocab_size=VOCAB)
         draft = make_tiny_draft(target, seed=1, **fields)
-        draft.compile_round(target)
+        draft.compile_round(target, backend="eager")
         round = draft.compiled_rounds[target]
         monkeypatch.setattr(graphs, "capture", _capture(lambda: _kept(round)))
         return target, draft
@@ -108,7 +106,10 @@ def test_graphs_of_rounds_say_what_plain_generate_says(graphed, kind, rows):
     assert _num_graphs(draft, target) == (1, 1)
 
 
-@pytest.mark.parametrize("fields", [{"head": "gated"}, {"head": "rnn"}, {"draft_vocab_size": 4}, {"causal": True}], ids=str)
+KINDS_OF_DRAFT = [{"head": "gated"}, {"head": "rnn"}, {"draft_vocab_size": 4}, {"causal": True}]
+
+
+@pytest.mark.parametrize("fields", KINDS_OF_DRAFT, ids=str)
 def test_every_kind_of_draft_is_a_graph(graphed, fields):
     target, draft = graphed(**fields)
     if "draft_vocab_size" in fields:
@@ -156,11 +157,15 @@ def test_graphs_draw_the_tokens_that_eager_rounds_draw(graphed, monkeypatch, nam
     assert _num_graphs(draft, target) == (1, 1)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"repetition_penalty": 1.3}, {"stopping_criteria": [_Never()]}, {"output_logits": True, "output_hidden_states": True}],
-    ids=["processor", "criterion", "extras"],
-)
+EXTRAS = {"output_logits": True, "output_hidden_states": True}
+FORWARDS_ALONE = {
+    "processor": {"repetition_penalty": 1.3},
+    "criterion": {"stopping_criteria": [_Never()]},
+    "extras": EXTRAS,
+}
+
+
+@pytest.mark.parametrize("settings", FORWARDS_ALONE.values(), ids=FORWARDS_ALONE)
 def test_forwards_alone_are_graphs_that_others_may_keep_results_of(graphed, settings):
     target, draft = graphed()
     ids = _rows(6, 2)
@@ -172,6 +177,36 @@ def test_forwards_alone_are_graphs_that_others_may_keep_results_of(graphed, sett
     round = draft.compiled_rounds[target]
     assert _num_graphs(draft, target) == (0, 0)
     assert [f.function.num_graphs for f in (round.target_forward, round.draft_forward)] == [1, 1]
+
+
+class _EveryOther(FixedLength):
+    turn = 0
+
+    def should_draft(self):
+        _EveryOther.turn += 1
+        return _EveryOther.turn % 2 > 0
+
+
+SCHEDULES = {"every other": _EveryOther(), "confidence": ConfidenceThreshold(0.5), "short": FixedLength(2)}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_blocks_drafted_ahead_are_dropped_where_they_do_not_fit(graphed, schedule):
+    target, draft = graphed()
+    ids, lengths = _rows(6, 6), set()
+    for eos in range(VOCAB):
+        settings = {"max_new_tokens": 30, "eos_token_id": eos, "pad_token_id": 0}
+        output = _speculate(target, draft, ids, schedule=schedule, **settings)
+        assert output.sequences.tolist() == plain(target, ids, **settings).tolist()
+        lengths |= {round.verify_length for round in output.rounds}
+    assert len(lengths) > 1 or lengths == {2}
+    assert _num_graphs(draft, target) == (1, 1)
+
+
+def test_modes_that_make_graphs_themselves_are_refused(graphed):
+    target, draft = graphed()
+    with pytest.raises(ValueError, match="'reduce-overhead' makes CUDA graphs.*max-autotune-no-cudagraphs"):
+        draft.compile_round(target, mode="reduce-overhead")
 
 
 def test_what_cannot_be_captured_runs_without_graphs(graphed, monkeypatch):
@@ -207,9 +242,14 @@ def test_layers_are_as_they_were_when_they_are_not_being_compiled(graphed):
     hooks = [dict(module._forward_hooks) for module in target.modules()]
     compiler = LayerCompiler(target, draft, backend="eager")
     layers = [*target.model.layers, *draft.layers]
-    with pytest.raises(KeyError), compiler():
-        assert all("forward" in vars(layer) for layer in layers)
-        raise KeyError
+
+    def fail():
+        with compiler():
+            assert all("forward" in vars(layer) for layer in layers)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert not any("forward" in vars(layer) for layer in layers)
     assert [dict(module._forward_hooks) for module in target.modules()] == hooks
 

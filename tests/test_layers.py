@@ -26,10 +26,20 @@ ROWS = [
     ["compiled"],
     ["traced"],
     ["draft", "attention_interface", "rows"],
-    ["limits"],
+    ["limits", "layerwise"],
     ["features", "schedule", "verify", "accept", "rollback", "slots", "heads", "checkpoint", "agreement", "terms"],
     ["configuration_dspark", "sampling", "attention", "dialects_export", "draft_gate"],
-    ["dialects", "dialects_deepseek_v4", "dequantize", "state", "compat", "dispatch", "packing", "cost_table"],
+    [
+        "dialects",
+        "dialects_deepseek_v4",
+        "dequantize",
+        "state",
+        "compat",
+        "dispatch",
+        "packing",
+        "cost_table",
+        "graphs",
+    ],
 ]
 # They stand outside: `dispatch` finds them by name, and they import nothing of the package but records.
 KERNELS = sorted(path.stem for path in PACKAGE.glob("kernels/*.py"))

@@ -132,7 +132,8 @@ def test_launches_and_reads_of_one_round_are_counted():
 
     target = Target(2, 2)
     states = torch.ones(2, 2)
-    with torch.no_grad(), counted_rounds(target) as counts:
+    with torch.no_grad(), counted_rounds(target.device) as counts:
+        handle = target.register_forward_pre_hook(counts.mark)
         target(states)
         states = (states + 0) * 1  # after the prefill: not counted
         for _ in range(2):
@@ -144,7 +145,7 @@ def test_launches_and_reads_of_one_round_are_counted():
             added.tolist()  # 2 reads
             states[: added.sum().long()]  # 5, 6: summed and converted; 3 reads
         assert counts.per_round == (6, 3)
-    assert not target._forward_pre_hooks
+        handle.remove()
 
 
 def test_fewer_than_two_verifications_give_no_counts(pair):

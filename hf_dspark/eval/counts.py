@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
 # Operations that only make tensors; views are known by themselves.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh"}
@@ -15,21 +14,21 @@ _READING_METHODS = {"tolist", "cpu", "numpy"}
 
 
 class RoundCounts:
-    """Running counts, and what they were whenever the target's forward began."""
+    """Running counts, and what they were at a certain point of every round."""
 
     def __init__(self):
         self.launches, self.host_reads = 0, 0
         self._marks: list[tuple[int, int]] = []
 
     def mark(self, *_) -> None:
-        """Call where the target's forward begins."""
+        """Call once a round, always at the same point of it."""
         self._marks.append((self.launches, self.host_reads))
 
     @property
     def per_round(self) -> tuple[int, int] | None:
-        """Launches and host reads from one verification to the next; None where fewer than two were seen.
+        """Launches and host reads from one round to the next; None where fewer than two were seen.
 
-        The prefill's mark comes first and is left out.
+        The first mark, the prefill's or of a round that still begins, is left out.
         """
         if len(self._marks) < 3:
             return None
@@ -38,14 +37,32 @@ class RoundCounts:
 
 
 @contextmanager
-def counted_rounds(target: PreTrainedModel):
-    """`RoundCounts` of what runs while this is open. Slow; kernels that are launched past PyTorch are not seen."""
+def counted_rounds(device: torch.device):
+    """`RoundCounts` of what runs while this is open. Slow; kernels that are launched past PyTorch are not seen.
+
+    The replay of a CUDA graph counts as one launch.
+    """
     counts = RoundCounts()
     with ExitStack() as stack:
-        stack.callback(target.register_forward_pre_hook(counts.mark).remove)
-        stack.enter_context(_Operations(counts, target.device))
-        stack.enter_context(_Methods(counts, target.device))
+        stack.enter_context(_counted_replays(counts))
+        stack.enter_context(_Operations(counts, device))
+        stack.enter_context(_Methods(counts, device))
         yield counts
+
+
+@contextmanager
+def _counted_replays(counts: RoundCounts):
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph) -> None:
+        counts.launches += 1
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = counted
+    try:
+        yield
+    finally:
+        torch.cuda.CUDAGraph.replay = replay
 
 
 class _Operations(TorchDispatchMode):
@@ -59,6 +76,8 @@ class _Operations(TorchDispatchMode):
             self._counts.host_reads += args[0].device == self._device
         elif not func.is_view and name not in _FREE:
             self._counts.launches += 1
+            if name == "copy_" and args[0].device.type == "cpu" != self._device.type:
+                self._counts.host_reads += args[1].device == self._device
         return func(*args, **(kwargs or {}))
 
 

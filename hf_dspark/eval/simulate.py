@@ -1,13 +1,14 @@
 """run_simulation(): plain decoding, transformers' own assisted loop and ours on a simulated pair, against the limit.
 
 Timed is decoding: caches are filled with random keys and values before a call, and its clock starts behind the first
-forward, which reads the prompt's last token. transformers' loop takes no filled cache: its first forward reads the
-whole prompt, and what its first draft reads of it is on the clock.
+forward, which reads the prompt's last token. Ours stops behind the last round, for a call by itself does not give a
+cache back. transformers' loop takes no filled cache: its first forward reads the whole prompt, and what its first
+draft reads of it is on the clock.
 """
 
 import gc
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.utils import logging
 
 from ..compat import CACHE
+from ..schedule import Schedule
 from ..state import DraftContext, GenerationStats
 from .clock import now
 from .counts import counted_rounds
@@ -36,6 +38,20 @@ class _Run:
     seconds: float  # behind the prefill
     is_right: bool  # whether the pair's text came out
     stats: GenerationStats | None  # None: nothing was drafted
+
+
+class _Watched(Schedule):
+    """Whole blocks, and the time at which the last of them was over."""
+
+    num_tokens, needs_confidence = None, False
+
+    def __init__(self, mark: Callable[..., None] | None):
+        self._mark, self.last_round = mark, None
+
+    def observe(self, *args, **kwargs) -> None:
+        self.last_round = now(torch.device("cpu"))  # without a wait: the round has read from the device
+        if self._mark is not None:
+            self._mark()
 
 
 @dataclass(slots=True)
@@ -98,17 +114,38 @@ class _Bench:
         """Tokens a round emits in these passages."""
         return (self.num_tokens - 1) / self.num_rounds
 
-    def run(self, arm: Arm, num_tokens: int | None = None) -> _Run:
-        """One call of generate() for `num_tokens` (default: the whole passage), timed behind its first forward."""
+    def run(self, arm: Arm, num_tokens: int | None = None, mark: Callable[..., None] | None = None) -> _Run:
+        """One call of generate() for `num_tokens` (default: the whole passage), timed behind its first forward.
+
+        `mark` is called once a round.
+        """
         target, draft = self.pair.target, self.pair.draft
         num_tokens = self.num_tokens if num_tokens is None else num_tokens
         arguments = {"max_new_tokens": num_tokens, "do_sample": False, **arm.arguments(draft)}
         arguments |= {"attention_mask": torch.ones_like(self.prompts), **self._cache_argument(arm)}
-        with arm.scope(target, draft), _time_after_first_forward(target) as starts:
+        watched = _Watched(mark)
+        with ExitStack() as stack:
+            if arm.is_ours:
+                arguments["schedule"] = watched
+            elif mark is not None:
+                stack.callback(target.register_forward_pre_hook(mark).remove)
+            stack.enter_context(arm.scope(target, draft))
+            starts = stack.enter_context(_time_after_first_forward(target))
             output = target.generate(self.prompts, **arguments)
-            seconds = now(self.device) - starts[0]
+            seconds = (watched.last_round or now(self.device)) - starts[0]
         is_right = torch.equal(output[:, self.context :], self._expected[:, :num_tokens])
         return _Run(seconds, is_right, draft.last_stats if arm.is_drafting else None)
+
+    def count(self, arm: Arm) -> tuple[int, int] | None:
+        """Launches and host reads of one of the arm's rounds; None where they are hidden in compiled code."""
+        num_tokens = 1 + _COUNTED_ROUNDS * (self.pair.draft.config.block_size + 1)
+        if arm.is_compiled:
+            if not arm.is_ours or self.device.type != "cuda":
+                return None
+            num_tokens = self.num_tokens  # of another number of slots, graphs would be captured anew
+        with counted_rounds(self.device) as counts:
+            self.run(arm, min(num_tokens, self.num_tokens), counts.mark)
+        return counts.per_round
 
     def fits_twice(self) -> bool:
         """Whether two caches of this setting, and a tenth of them more, fit into what is left of the memory."""
@@ -141,7 +178,8 @@ class _Bench:
             cache.reset()
         _fill(cache, target, self.num_rows, num_read)
         if arm.is_drafting:
-            draft.contexts[cache] = DraftContext(draft.new_cache(), target_length=num_read)
+            last = torch.full((self.num_rows, 1), num_read - 1, device=self.device)
+            draft.contexts[cache] = DraftContext(draft.new_cache(), target_length=num_read, last_position=last)
             _fill(draft.contexts[cache].cache, draft, self.num_rows, num_read)
         return {CACHE: cache}
 
@@ -154,11 +192,8 @@ def _attempt(bench: _Bench, arm: Arm, outcome: _Outcome, *, is_timed: bool) -> N
         run = bench.run(arm)
         if is_timed:
             outcome.runs.append(run)
-        elif not arm.is_compiled:
-            num_tokens = 1 + _COUNTED_ROUNDS * (bench.pair.draft.config.block_size + 1)
-            with counted_rounds(bench.pair.target) as counts:
-                bench.run(arm, min(num_tokens, bench.num_tokens))
-            outcome.counts = counts.per_round
+        else:
+            outcome.counts = bench.count(arm)
     except Exception as error:  # whatever it is, the other arms go on
         outcome.reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         if not isinstance(error, ValueError):  # a refusal

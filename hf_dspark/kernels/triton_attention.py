@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 MAX_ROWS = 64
+BLOCK_SPLITS = 32  # that are merged at once
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -77,6 +78,7 @@ def _launch(
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         HAS_SINKS=sinks is not None,
+        BLOCK_SPLITS=BLOCK_SPLITS,
         **options(head_dim, query.element_size()),
     )
     return output.transpose(1, 2)
@@ -232,6 +234,7 @@ def merge_splits_kernel(
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
 ):
     """The splits of one query together, in their order, and a sink."""
     cell, cells = tl.program_id(0), tl.num_programs(0).to(tl.int64)
@@ -243,15 +246,20 @@ def merge_splits_kernel(
     if HAS_SINKS:
         largest, total = tl.load(sinks + head).to(tl.float32) * LOG2_E, 1.0
     sums = tl.zeros([HEAD_DIM], tl.float32)
-    for split in range(num_splits):
-        place = split * cells + cell
-        theirs = tl.load(statistics + place)
-        if theirs > -float("inf"):  # else the query sees no key of this split
-            larger = tl.maximum(largest, theirs)
-            rescale, weight = tl.exp2(largest - larger), tl.exp2(theirs - larger)
-            total = total * rescale + weight * tl.load(statistics + num_splits * cells + place)
-            sums = sums * rescale + weight * tl.load(partial + place * HEAD_DIM + channels)
-            largest = larger
+    for first in range(0, num_splits, BLOCK_SPLITS):
+        splits = first + tl.arange(0, BLOCK_SPLITS)
+        places = splits * cells + cell
+        theirs = tl.load(statistics + places, mask=splits < num_splits, other=-float("inf"))
+        is_seen = theirs > -float("inf")  # the query sees a key of this split
+        totals = tl.load(statistics + num_splits * cells + places, mask=is_seen, other=0.0)
+        offsets = places[:, None] * HEAD_DIM + channels[None, :]
+        states = tl.load(partial + offsets, mask=is_seen[:, None], other=0.0)
+        larger = tl.maximum(largest, tl.max(theirs, 0))
+        reference = tl.where(larger == -float("inf"), 0.0, larger)
+        rescale, weights = tl.exp2(largest - reference), tl.exp2(theirs - reference)
+        total = total * rescale + tl.sum(weights * totals, 0)
+        sums = sums * rescale + tl.sum(weights[:, None] * states, 0)
+        largest = larger
     result = sums / total
     tl.store(
         output + ((batch * num_rows + row) * NUM_HEADS + head) * HEAD_DIM + channels,
