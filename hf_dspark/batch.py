@@ -72,6 +72,8 @@ class RowBatch:
         self.draft, self.target, self.tap, self.schedule = draft, target, tap, schedule
         self.compiled, self.is_refilled = compiled, is_refilled
         self.forward = target if compiled is None else compiled.target_forward
+        if compiled is not None and compiled.is_graphed and tap.by_hooks:  # which a replay does not call
+            self.forward = target
         self.agreement = Agreement(target)
         self.rows: list[Row] = []
         self.token_types: tuple[str, ...] = ()  # arguments of the target that name a type for every token

@@ -14,7 +14,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from .accept import choose_tokens
 from .batch import RowBatch
 from .candidate_generator import context_of
-from .compiled import CompiledRound
+from .compiled import CompiledRound, current_round
 from .features import FeatureTap
 from .limits import check_batch, check_padding, check_prompt_length, refuse_batch
 from .rows import Emission, Row, on_device, pad_ended, rows_of
@@ -37,11 +37,10 @@ class BatchCall:
         config: GenerationConfig,
         schedule: Schedule,
         watch,
-        compiled: CompiledRound | None,
     ):
         self.draft, self.target, self.input_ids = draft, target, input_ids
         self.terms, self.config, self.schedule, self.watch = terms, config, schedule, watch
-        self.compiled = compiled
+        self.compiled: CompiledRound | None = None
         self.rows: list[Row] = []
         self.extras: dict[str, Any] = {}
 
@@ -120,6 +119,7 @@ class BatchCall:
         counts = (slots[:, -1] + 1).tolist()
         length = self.input_ids.shape[1]
         self.rows = [Row(i, self.terms, self.terms.max_length, length, n) for i, n in enumerate(counts)]
+        self.compiled = current_round(self.draft, self.target)
         num_inputs = self.draft.config.num_block_inputs
         num_slots = max(counts) + num_inputs
         if self.compiled is not None:

@@ -13,9 +13,12 @@ import torch
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
+from .agreement import Agreement
+from .dispatch import note
 from .features import FeatureTap
 from .graphs import GraphedFunction
 from .layerwise import LayerCompiler, compiled
+from .model_state import has_hooks, state_of
 from .rows import Columns
 from .slots import PADDING, SlotCache
 from .traced import Frame, draft_frame, verify_rows
@@ -35,8 +38,9 @@ class CompiledRound:
     """
 
     def __init__(self, target: PreTrainedModel, draft: PreTrainedModel, **options: Any):
+        self.options = options
         forwards = (target.forward, draft.forward)
-        self.is_graphed = is_graphed(target.device)
+        self.is_graphed = is_graphed(target, draft)
         if self.is_graphed:
             if options.get("mode") in ("reduce-overhead", "max-autotune"):
                 raise ValueError(
@@ -50,6 +54,7 @@ class CompiledRound:
             make = partial(compiled, fullgraph=True, **options)
             self.target_forward, self.draft_forward = map(make, forwards)
         self.draft_rows, self.verify_rows = make(draft_frame), make(verify_rows)
+        self.state = state_of(target, draft) if self.is_graphed else None  # graphs hold the addresses of weights
         self._block_size = draft.config.block_size
         self._caches: dict[tuple, tuple[SlotCache, SlotCache]] = {}
         self._columns: dict[tuple, Columns] = {}
@@ -103,9 +108,24 @@ class _Copied:
         return tree_map_only(torch.Tensor, torch.clone, self.function(*args, **kwargs))
 
 
-def is_graphed(device: torch.device) -> bool:
+def current_round(draft: PreTrainedModel, target: PreTrainedModel) -> CompiledRound | None:
+    """The compiled rounds of a pair as its models are now; None where there are none, or hooks would be left out."""
+    compiled = draft.compiled_rounds.get(target)
+    if compiled is None:
+        return None
+    if has_hooks(target, draft):
+        note("compiled round", "none: hooks are registered on modules, and no graph calls them")
+        return None
+    if compiled.is_graphed and compiled.state != state_of(target, draft):
+        compiled = draft.compiled_rounds[target] = CompiledRound(target, draft, **compiled.options)
+    return compiled
+
+
+def is_graphed(target: PreTrainedModel, draft: PreTrainedModel) -> bool:
     """Whether rounds are CUDA graphs of their own, which need no trace."""
-    return device.type == "cuda"
+    devices = {str(device) for device in getattr(target, "hf_device_map", {}).values()}
+    is_one = len(devices) < 2 and draft.device == target.device and not Agreement(target).is_needed
+    return is_one and target.device.type == "cuda"
 
 
 def _stay(*tensors: torch.Tensor) -> None:

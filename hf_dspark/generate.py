@@ -253,7 +253,7 @@ class _Call:
         returns_cache = returns_cache and (self.config.return_dict_in_generate or is_users_cache(cache))
         tap = self._tap()
         call = (self.input_ids, self.terms, self.config, self.schedule, self.watch)
-        batch = BatchCall(self.draft, self.target, *call, self.draft.compiled_rounds.get(self.target))
+        batch = BatchCall(self.draft, self.target, *call)
         settings = {"attention": self._block_attention(model_kwargs), "returns_cache": returns_cache}
         with self.watch.part("total"), tap:
             sequences = batch.run(model_kwargs, cache, tap, streamer, **settings)

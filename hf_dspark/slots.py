@@ -42,6 +42,7 @@ class SlotCache(Cache):
         self.rows: torch.Tensor | None = None
         self.slots: torch.Tensor | None = None
         self.columns: torch.Tensor | None = None  # [R, C]  slots in the order they are read; None: slots before `stop`
+        self._places: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}  # rows and slots, of static caches
         super().__init__(layers=[SlotLayer(self) for _ in windows])
 
     def place(
@@ -70,6 +71,11 @@ class SlotCache(Cache):
             self.rows, self.slots = rows.expand(slots.shape), torch.where(slots < min(stop, last), slots, last)
             if packing is not None:
                 self.rows, self.slots = packing.pack(self.rows), packing.pack(self.slots)
+            if self.is_static and not torch.compiler.is_compiling():  # graphs of forwards read them where they were
+                kept = self._places.setdefault(slots.shape, (torch.empty_like(slots), torch.empty_like(slots)))
+                self.rows, self.slots = (
+                    own.copy_(new) for own, new in zip(kept, (self.rows, self.slots), strict=True)
+                )
         reads_all = self.is_static or (by_masks and 2 * stop > self.num_slots)
         self.stop = self.num_slots if reads_all else stop
 

@@ -62,15 +62,14 @@ def _kept(round):
 @pytest.fixture
 def graphed(monkeypatch):
     """(kind of target, fields of the draft) -> a pair whose rounds are graphs, as on CUDA."""
-    monkeypatch.setattr(compiled, "is_graphed", lambda device: True)
+    monkeypatch.setattr(compiled, "is_graphed", lambda *models: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
     def make(kind="qwen3", **fields):
         target = make_tiny_target(kind, seed=1, vocab_size=VOCAB)
         draft = make_tiny_draft(target, seed=1, **fields)
         draft.compile_round(target, backend="eager")
-        round = draft.compiled_rounds[target]
-        monkeypatch.setattr(graphs, "capture", _capture(lambda: _kept(round)))
+        monkeypatch.setattr(graphs, "capture", _capture(lambda: _kept(draft.compiled_rounds[target])))
         return target, draft
 
     return make
@@ -176,7 +175,9 @@ def test_forwards_alone_are_graphs_that_others_may_keep_results_of(graphed, sett
         torch.testing.assert_close(own, other)
     round = draft.compiled_rounds[target]
     assert _num_graphs(draft, target) == (0, 0)
-    assert [f.function.num_graphs for f in (round.target_forward, round.draft_forward)] == [1, 1]
+    # Hidden states that a user asks for, too, are captured by hooks, which no replay calls.
+    num_graphs = 0 if "output_hidden_states" in settings else 1
+    assert [f.function.num_graphs for f in (round.target_forward, round.draft_forward)] == [num_graphs, 1]
 
 
 class _EveryOther(FixedLength):
@@ -252,6 +253,64 @@ def test_layers_are_as_they_were_when_they_are_not_being_compiled(graphed):
         fail()
     assert not any("forward" in vars(layer) for layer in layers)
     assert [dict(module._forward_hooks) for module in target.modules()] == hooks
+
+
+def test_hooks_of_others_are_called_in_rounds_that_are_no_graphs(graphed):
+    target, draft = graphed()
+    ids, settings = _rows(6, 2), {"max_new_tokens": 24}
+    before = plain(target, ids, **settings)
+    assert _speculate(target, draft, ids, **settings).sequences.tolist() == before.tolist()
+    layer = target.model.layers[1]
+    handle = layer.register_forward_hook(lambda module, args, output: output + torch.linspace(-1, 1, output.shape[-1]))
+    steered = plain(target, ids, **settings)
+    assert steered.tolist() != before.tolist()
+    for _ in range(2):
+        assert _speculate(target, draft, ids, **settings).sequences.tolist() == steered.tolist()
+    assert "hooks" in draft.last_stats.kernels["compiled round"]
+    handle.remove()
+    assert _speculate(target, draft, ids, **settings).sequences.tolist() == before.tolist()
+    assert draft.last_stats.kernels["compiled round"] == "whole"
+
+
+class _Adapter(torch.nn.Module):
+    """As adapters do it: a switch on a module that takes another one's place."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.is_on = base, True
+
+    def forward(self, states):
+        return self.base(states) + (states.roll(1, -1) if self.is_on else 0)
+
+
+def _move(target):
+    head = target.lm_head
+    head.weight = torch.nn.Parameter(head.weight.flip(0), requires_grad=False)
+
+
+def _adapt(target):
+    attention = target.model.layers[0].self_attn
+    attention.o_proj = _Adapter(attention.o_proj)
+
+
+def _switch(target):
+    target.model.layers[0].self_attn.o_proj.is_on = False
+
+
+def test_graphs_are_captured_again_where_the_model_has_changed(graphed):
+    target, draft = graphed()
+    ids, settings, seen = _rows(6, 2), {"max_new_tokens": 24}, []
+    rounds = [draft.compiled_rounds[target]]
+    for change in (lambda target: None, _move, _adapt, _switch):
+        change(target)
+        expected = plain(target, ids, **settings).tolist()
+        for _ in range(2):
+            assert _speculate(target, draft, ids, **settings).sequences.tolist() == expected
+        seen.append(expected)
+        rounds.append(draft.compiled_rounds[target])
+    assert rounds[0] is rounds[1]
+    assert len(set(map(id, rounds))) == 4
+    assert all(now != before for now, before in zip(seen[1:], seen, strict=False))
 
 
 def test_arguments_of_a_kind_share_a_graph_and_are_copied(monkeypatch):

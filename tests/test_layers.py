@@ -39,6 +39,8 @@ ROWS = [
         "packing",
         "cost_table",
         "graphs",
+        "joined",
+        "model_state",
     ],
 ]
 # They stand outside: `dispatch` finds them by name, and they import nothing of the package but records.
