@@ -82,7 +82,7 @@ def run_simulation(
     bench = _Bench(pair, batch_size, context, max_new_tokens)
     arms = arms_for(pair.target.device) if arms is None else arms
     outcomes = {arm.name: _Outcome() for arm in arms}
-    for group in [list(arms)] if bench.fits_twice() else [[arm] for arm in arms]:
+    for group in [list(arms)] if bench.all_fit() else [[arm] for arm in arms]:
         for turn in range(repeats + 1):
             shift = turn % len(group)
             for arm in group[shift:] + group[:shift]:
@@ -147,15 +147,15 @@ class _Bench:
             self.run(arm, min(num_tokens, self.num_tokens), counts.mark)
         return counts.per_round
 
-    def fits_twice(self) -> bool:
-        """Whether two caches of this setting, and a tenth of them more, fit into what is left of the memory."""
+    def all_fit(self) -> bool:
+        """Whether the caches that compiled arms keep, and one being filled, fit into what is left of the memory."""
         if self.device.type != "cuda":
             return True
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         lengths = self.num_rows * (self.context + self.num_tokens)
         models = (self.pair.target, self.pair.draft)
-        return 2.2 * lengths * sum(_position_bytes(model) for model in models) < free
+        return 3.5 * lengths * sum(_position_bytes(model) for model in models) < free
 
     def forget(self, arm: Arm) -> None:
         """Free the memory that `arm` kept: its cache, and code that was compiled for it."""
