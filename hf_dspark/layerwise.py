@@ -12,22 +12,16 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from .features import decoder_layers
-from .joined import joined, lay_side_by_side
 from .slots import SlotCache
 
 _MAX_GRAPHS = 256  # of one function; by torch's own limit the ninth shape of a process would raise
 
 
 class LayerCompiler:
-    """What is compiled of the layers of some models; `options` are torch.compile's.
-
-    Weights of projections that read the same input are moved next to each other.
-    """
+    """What is compiled of the layers of some models; `options` are torch.compile's."""
 
     def __init__(self, *models: PreTrainedModel, **options: Any):
         self._layers = [layer for model in models for layer in decoder_layers(model)]
-        for layer in self._layers:
-            lay_side_by_side(layer)
         # One function for all layers of a class.
         self._compiled = {cls: compiled(_call_of(cls), **options) for cls in {type(layer) for layer in self._layers}}
 
@@ -39,7 +33,6 @@ class LayerCompiler:
                 if "forward" not in vars(layer):  # else something else has taken it over
                     layer.forward = self._forward_of(layer)
                     stack.callback(vars(layer).pop, "forward")
-                    stack.enter_context(joined(layer))
                 for module in layer.modules():
                     if module is not layer:
                         stack.enter_context(_without_recorders(module))

@@ -72,10 +72,10 @@ class SlotCache(Cache):
             if packing is not None:
                 self.rows, self.slots = packing.pack(self.rows), packing.pack(self.slots)
             if self.is_static and not torch.compiler.is_compiling():  # graphs of forwards read them where they were
-                kept = self._places.setdefault(slots.shape, (torch.empty_like(slots), torch.empty_like(slots)))
-                self.rows, self.slots = (
-                    own.copy_(new) for own, new in zip(kept, (self.rows, self.slots), strict=True)
-                )
+                if slots.shape not in self._places:
+                    self._places[slots.shape] = (torch.empty_like(slots), torch.empty_like(slots))
+                own = self._places[slots.shape]
+                self.rows, self.slots = own[0].copy_(self.rows), own[1].copy_(self.slots)
         reads_all = self.is_static or (by_masks and 2 * stop > self.num_slots)
         self.stop = self.num_slots if reads_all else stop
 

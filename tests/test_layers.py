@@ -39,7 +39,6 @@ ROWS = [
         "packing",
         "cost_table",
         "graphs",
-        "joined",
         "model_state",
     ],
 ]
