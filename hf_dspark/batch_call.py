@@ -70,6 +70,7 @@ class BatchCall:
             outputs = self.target._prefill(
                 self.input_ids, self.config, arguments, is_first_iteration=not self.config.is_assistant
             )
+        self.compiled = current_round(self.draft, self.target)  # while a GPU reads the prompt
         features = tap.take(outputs)
         check_prompt_length(self.target, cache, length + features.shape[1])
         with attention:
@@ -119,7 +120,6 @@ class BatchCall:
         counts = (slots[:, -1] + 1).tolist()
         length = self.input_ids.shape[1]
         self.rows = [Row(i, self.terms, self.terms.max_length, length, n) for i, n in enumerate(counts)]
-        self.compiled = current_round(self.draft, self.target)
         num_inputs = self.draft.config.num_block_inputs
         num_slots = max(counts) + num_inputs
         if self.compiled is not None:

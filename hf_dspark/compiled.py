@@ -17,7 +17,7 @@ from .agreement import Agreement
 from .dispatch import note
 from .features import FeatureTap
 from .graphs import GraphedFunction
-from .layerwise import LayerCompiler, compiled
+from .layerwise import MAX_GRAPHS, LayerCompiler
 from .model_state import has_hooks, state_of
 from .rows import Columns
 from .slots import PADDING, SlotCache
@@ -51,7 +51,7 @@ class CompiledRound:
             make = partial(GraphedFunction, scope=layers, pool=pool)
             self.target_forward, self.draft_forward = (_Copied(make(forward)) for forward in forwards)
         else:
-            make = partial(compiled, fullgraph=True, **options)
+            make = partial(_compiled, **options)
             self.target_forward, self.draft_forward = map(make, forwards)
         self.draft_rows, self.verify_rows = make(draft_frame), make(verify_rows)
         self.state = state_of(target, draft) if self.is_graphed else None  # graphs hold the addresses of weights
@@ -96,6 +96,17 @@ class CompiledRound:
             _stay(frame.features, frame.slots, frame.ended)
             self._frames[key] = frame
         return self._frames[key]
+
+
+def _compiled(function: Callable, **options: Any) -> Callable:
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
+
+    def call(*args, **kwargs):
+        # By torch's own limit the ninth shape of a process would raise.
+        with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 class _Copied:

@@ -88,12 +88,13 @@ class SpeculativeDecoding:
         return schedule
 
     def compile_round(self, target: PreTrainedModel, **options: Any) -> None:
-        """Have generate() of `target` with this draft run its rounds through torch.compile, in fixed shapes.
+        """Have generate() of `target` with this draft run its rounds as graphs, in fixed shapes.
 
-        Whole rounds where the call is greedy or samples by temperature, top-k and top-p; else the two forwards.
-        `options` are torch.compile's; default is CUDA graphs on CUDA, and torch's own default elsewhere. The first
-        calls compile, for tens of seconds; a later one compiles again where prompt and new tokens need another number
-        of slots (eight between powers of two, and 256 at least), or it has another number of rows.
+        Whole rounds where the call is greedy or samples by temperature, top-k and top-p; else the two forwards. On
+        CUDA they are CUDA graphs, and torch.compile compiles one layer for all that are alike; elsewhere it compiles
+        these functions as wholes. `options` are torch.compile's. The first calls compile, for tens of seconds; a later
+        one does again where prompt and new tokens need another number of slots (eight between powers of two, and 256
+        at least), or it has another number of rows.
         """
         self.bind_target(target)
         check_compiled(target, self)

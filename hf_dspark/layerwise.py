@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 from .features import decoder_layers
 from .slots import SlotCache
 
-_MAX_GRAPHS = 256  # of one function; by torch's own limit the ninth shape of a process would raise
+MAX_GRAPHS = 256  # of one function: numbers of rows and of slots, pairs of models, kinds of rules
 
 
 class LayerCompiler:
@@ -23,12 +23,16 @@ class LayerCompiler:
     def __init__(self, *models: PreTrainedModel, **options: Any):
         self._layers = [layer for model in models for layer in decoder_layers(model)]
         # One function for all layers of a class.
-        self._compiled = {cls: compiled(_call_of(cls), **options) for cls in {type(layer) for layer in self._layers}}
+        self._compiled = {
+            cls: torch.compile(_call_of(cls), dynamic=False, **options)
+            for cls in {type(layer) for layer in self._layers}
+        }
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """The models' layers run compiled while this is open, in any thread."""
         with ExitStack() as stack:
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS))
             for layer in self._layers:
                 if "forward" not in vars(layer):  # else something else has taken it over
                     layer.forward = self._forward_of(layer)
@@ -62,17 +66,6 @@ class OneLayer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
-
-
-def compiled(function: Callable, **options: Any) -> Callable:
-    """`function` by torch.compile, in static shapes, as many of them as come."""
-    run = torch.compile(function, dynamic=False, **options)
-
-    def call(*args, **kwargs):
-        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
-            return run(*args, **kwargs)
-
-    return call
 
 
 def _call_of(cls: type[nn.Module]) -> Callable:

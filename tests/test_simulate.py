@@ -148,6 +148,22 @@ def test_launches_and_reads_of_one_round_are_counted():
         handle.remove()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_draft_goes_on_from_its_own_context(pair, monkeypatch, rows):
+    from hf_dspark.batch_draft import BatchDraft
+
+    known, take_over = [], BatchDraft.take_over
+
+    def watched(self, context, slots):
+        take_over(self, context, slots)
+        known.append((slots.shape, self.is_whole))
+
+    monkeypatch.setattr(BatchDraft, "take_over", watched)
+    run_simulation(pair, RATES, batch_size=rows, context=30, max_new_tokens=12, repeats=1, arms=[BY_NAME["dspark"]])
+    assert known
+    assert set(known) == {((rows, 29), True)}
+
+
 def test_fewer_than_two_verifications_give_no_counts(pair):
     with counted_rounds(pair.target) as counts:
         pair.target.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2, do_sample=False)

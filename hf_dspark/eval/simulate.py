@@ -271,6 +271,7 @@ def _summarise_arm(
         return {"tokens_per_second": None, "reason": outcome.reason}
     seconds = median(run.seconds for run in outcome.runs)
     num_rounds = bench.num_rounds if arm.is_drafting else bench.num_tokens - 1
+    round_ms = 1000 * seconds / num_rounds
     tokens_per_second = bench.num_rows * (bench.num_tokens - 1) / seconds
     launches, host_reads = outcome.counts or (None, None)
     stats = [run.stats for run in outcome.runs]
@@ -279,8 +280,8 @@ def _summarise_arm(
         "ratio_to_plain": _ratio(runs.get(PLAIN), outcome.runs),
         "ratio_to_plain_compiled": _ratio(runs.get(PLAIN_COMPILED), outcome.runs),
         "tau": stats[0].tau if arm.is_drafting else 1.0,
-        "round_ms": 1000 * seconds / num_rounds,
-        "part_ms": _part_ms(stats, num_rounds) if arm.is_drafting else None,
+        "round_ms": round_ms,
+        "part_ms": _part_ms(stats, num_rounds, round_ms) if arm.is_drafting else None,
         "launches_per_round": launches,
         "host_reads_per_round": host_reads,
         "roofline_percent": 100 * tokens_per_second / limits[arm.is_drafting],
@@ -288,12 +289,17 @@ def _summarise_arm(
     }
 
 
-def _part_ms(stats: Sequence[GenerationStats], num_rounds: int) -> dict[str, float] | None:
-    """Milliseconds of a round's parts; None where the loop does not tell."""
+def _part_ms(stats: Sequence[GenerationStats], num_rounds: int, round_ms: float) -> dict[str, float] | None:
+    """Milliseconds of a round's parts; None where the loop does not tell.
+
+    The rest is what of a round's time the device does neither; parts are measured on the device, and a block that is
+    drafted ahead of the last read counts, too.
+    """
     if stats[0].draft_seconds is None:
         return None
-    parts = {part: median(getattr(s, f"{part}_seconds") for s in stats) for part in ("draft", "verify", "rest")}
-    return {part: 1000 * seconds / num_rounds for part, seconds in parts.items()}
+    parts = {part: median(getattr(s, f"{part}_seconds") for s in stats) for part in ("draft", "verify")}
+    parts = {part: 1000 * seconds / num_rounds for part, seconds in parts.items()}
+    return parts | {"rest": max(0.0, round_ms - sum(parts.values()))}
 
 
 def _ratio(slower: Sequence[_Run] | None, runs: Sequence[_Run]) -> dict[str, float] | None:
