@@ -15,6 +15,7 @@ from .accept import choose_tokens
 from .batch import RowBatch
 from .candidate_generator import context_of
 from .compiled import CompiledRound, current_round
+from .dispatch import remember
 from .features import FeatureTap
 from .limits import check_batch, check_padding, check_prompt_length, refuse_batch
 from .rows import Emission, Row, on_device, pad_ended, rows_of
@@ -104,6 +105,8 @@ class BatchCall:
             elif self._end_rows(batch, emission, keep=keep):
                 break
             emission, logits, outputs = batch.round(self.watch, emit)
+        if self.compiled is not None:
+            remember(self.compiled.notes)
         if in_step is not None:
             self.extras = {name: tuple(entries) for name, entries in in_step.state.extras.items()}
 

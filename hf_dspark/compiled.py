@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from .agreement import Agreement
-from .dispatch import note
+from .dispatch import note, twins
 from .features import FeatureTap
 from .graphs import GraphedFunction
 from .layerwise import MAX_GRAPHS, LayerCompiler
@@ -54,7 +54,8 @@ class CompiledRound:
             make = partial(_compiled, **options)
             self.target_forward, self.draft_forward = map(make, forwards)
         self.draft_rows, self.verify_rows = make(draft_frame), make(verify_rows)
-        self.state = state_of(target, draft) if self.is_graphed else None  # graphs hold the addresses of weights
+        self.state: tuple | None = None  # of the models and kernels that graphs were captured with; None: none yet
+        self.notes: dict[str, dict[str, None]] = {}  # what ran in graphs, for `dispatch.remember`
         self._block_size = draft.config.block_size
         self._caches: dict[tuple, tuple[SlotCache, SlotCache]] = {}
         self._columns: dict[tuple, Columns] = {}
@@ -127,8 +128,11 @@ def current_round(draft: PreTrainedModel, target: PreTrainedModel) -> CompiledRo
     if has_hooks(target, draft):
         note("compiled round", "none: hooks are registered on modules, and no graph calls them")
         return None
-    if compiled.is_graphed and compiled.state != state_of(target, draft):
-        compiled = draft.compiled_rounds[target] = CompiledRound(target, draft, **compiled.options)
+    if compiled.is_graphed:
+        state = (twins(), state_of(target, draft))
+        if compiled.state not in (None, state):
+            compiled = draft.compiled_rounds[target] = CompiledRound(target, draft, **compiled.options)
+        compiled.state = state
     return compiled
 
 

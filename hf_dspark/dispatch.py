@@ -70,14 +70,36 @@ def load_kernels() -> None:
 
 
 def note(name: str, text: str, *, is_loss: bool = False) -> None:
-    """Keep `text` for `report`; what `is_loss` (of speed) is also said once in the log. Nothing is kept in a trace."""
-    if torch.compiler.is_compiling():
-        return
+    """Keep `text` for `report`; what `is_loss` (of speed) is also said once in the log. A trace notes as it is made."""
+    keep = _note_of_trace if torch.compiler.is_compiling() else _note
+    keep(name, text, is_loss)
+
+
+def _note(name: str, text: str, is_loss: bool) -> bool:
     notes = _notes.setdefault(name, {})
     if text not in notes:
         notes[text] = None
         if is_loss:
             logger.warning_once(f"{name}: {text}.")
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _note_of_trace(name: str, text: str, is_loss: bool) -> bool:
+    return _note(name, text, is_loss)
+
+
+def remember(kept: dict[str, dict[str, None]]) -> None:
+    """Note again what `kept` holds of functions with twins, and keep what was noted: a replayed graph says nothing."""
+    for name in _names:
+        notes = kept.get(name, {}) | _notes.get(name, {})
+        if notes:
+            kept[name], _notes[name] = notes, dict(notes)
+
+
+def twins() -> tuple[str, ...]:
+    """The functions whose twins may run, as `load_kernels` found them."""
+    return tuple(_twins)
 
 
 def report() -> dict[str, str]:

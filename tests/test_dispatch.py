@@ -137,8 +137,14 @@ def test_lost_speed_is_said_once_in_the_log(monkeypatch):
     assert dispatch.report() == {"double": "not Triton: head size 80; packed"}
 
 
-def test_nothing_is_kept_in_a_trace(double):
+def test_a_trace_notes_as_it_is_made_and_what_was_noted_is_remembered(double):
     compiled = torch.compile(double, backend="eager", fullgraph=True)
-    assert compiled(X).tolist() == [2, 2, 2]
-    assert compiled(X, times=3).tolist() == [3, 3, 3]
-    assert dispatch.report() == {}
+    kept = {}
+    for calls in range(3):
+        assert compiled(X).tolist() == [2, 2, 2]
+        assert compiled(X, times=3).tolist() == [3, 3, 3]
+        expected = {"double": "Triton; not Triton: it is not doubled"}
+        assert dispatch.report() == (expected if calls == 0 else {})
+        dispatch.remember(kept)
+        assert dispatch.report() == expected
+        dispatch.load_kernels()

@@ -246,6 +246,26 @@ def test_what_cannot_be_captured_runs_without_graphs(graphed, monkeypatch):
     assert all("operation not permitted when stream is capturing" in text and "more" not in text for text in said)
 
 
+def test_what_ran_in_graphs_is_told_in_every_call(graphed):
+    target, draft = graphed()
+    for _ in range(3):
+        _speculate(target, draft, _rows(6, 1), max_new_tokens=16)
+        assert "packed queries" in draft.last_stats.kernels["block_attention"]
+        assert "sample_block" in draft.last_stats.kernels
+
+
+def test_switch_is_heeded_by_graphs_that_were_captured_before(graphed, kernels_everywhere, monkeypatch):
+    target, draft = graphed()
+    monkeypatch.setattr(graphs, "capture", _refuse)
+    said = []
+    for value in ("1", "0", "1"):
+        monkeypatch.setenv("HF_DSPARK_KERNELS", value)
+        _speculate(target, draft, _rows(6, 1), max_new_tokens=8)
+        said.append((draft.last_stats.kernels["sample_block"], draft.compiled_rounds[target]))
+    assert [text for text, _ in said] == ["Triton", "not Triton: HF_DSPARK_KERNELS is 0", "Triton"]
+    assert len({id(round) for _, round in said}) == 3
+
+
 def test_layers_run_by_kernels_are_traced_as_on_cuda(graphed, kernels_everywhere, read_as_on_cuda, monkeypatch):
     target, draft = graphed()
     monkeypatch.setattr(graphs, "capture", _refuse)  # what Triton's interpreter does is on no tape
