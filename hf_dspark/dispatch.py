@@ -70,7 +70,7 @@ def load_kernels() -> None:
 
 
 def note(name: str, text: str, *, is_loss: bool = False) -> None:
-    """Keep `text` for `report`; what `is_loss` (of speed) is also said once in the log. A trace notes as it is made."""
+    """Keep `text` for `report`, as a trace is made, too; what `is_loss` (of speed) is also said once in the log."""
     keep = _note_of_trace if torch.compiler.is_compiling() else _note
     keep(name, text, is_loss)
 
