@@ -10,13 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from .agreement import Agreement
 from .dispatch import note, twins
 from .features import FeatureTap
-from .graphs import GraphedFunction
+from .graphs import CopiedGraph, GraphedFunction
 from .layerwise import MAX_GRAPHS, LayerCompiler
 from .model_state import has_hooks, state_of
 from .rows import Columns
@@ -49,7 +48,7 @@ class CompiledRound:
                 )
             layers, pool = LayerCompiler(target, draft, **options), torch.cuda.graph_pool_handle()
             make = partial(GraphedFunction, scope=layers, pool=pool)
-            self.target_forward, self.draft_forward = (_Copied(make(forward)) for forward in forwards)
+            self.target_forward, self.draft_forward = (CopiedGraph(make(forward)) for forward in forwards)
         else:
             make = partial(_compiled, **options)
             self.target_forward, self.draft_forward = map(make, forwards)
@@ -72,11 +71,29 @@ class CompiledRound:
         """Caches of the target and of the draft; the same as in the last call of these sizes."""
         key = (num_rows, num_slots)
         if key not in self._caches:
+            if self.is_graphed and self._is_short_of_memory(num_rows * num_slots):
+                self._forget_all_but(key)
             draft_windows = [None] * num_draft_layers
             self._caches[key] = tuple(
                 SlotCache(own, num_rows, num_slots, is_static=True) for own in (windows, draft_windows)
             )
         return self._caches[key]
+
+    def _is_short_of_memory(self, num_slots: int) -> bool:
+        """Whether caches of so many slots in all rows, and a tenth more, need what others hold."""
+        for (rows, slots), caches in self._caches.items():
+            layers = [layer for cache in caches for layer in cache.layers if layer.is_initialized]
+            held = sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+            return bool(layers) and 1.1 * held * num_slots / (rows * slots) > free_memory(layers[0].device)
+        return False
+
+    def _forget_all_but(self, key: tuple[int, int]) -> None:
+        """Free the caches of all sizes, what goes with those of others, and the graphs that work on them."""
+        for function in (self.draft_rows, self.verify_rows, self.target_forward, self.draft_forward):
+            function.forget()
+        self._caches.clear()
+        self._frames.clear()
+        self._columns = {own: columns for own, columns in self._columns.items() if own == key}
 
     def columns(self, num_rows: int, num_slots: int, device: torch.device) -> Columns:
         """The rows' tokens, likewise."""
@@ -110,16 +127,6 @@ def _compiled(function: Callable, **options: Any) -> Callable:
     return call
 
 
-class _Copied:
-    """A graph whose next replay does not overwrite what it returned: what forwards return, others may keep."""
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return tree_map_only(torch.Tensor, torch.clone, self.function(*args, **kwargs))
-
-
 def current_round(draft: PreTrainedModel, target: PreTrainedModel) -> CompiledRound | None:
     """The compiled rounds of a pair as its models are now; None where there are none, or hooks would be left out."""
     compiled = draft.compiled_rounds.get(target)
@@ -141,6 +148,12 @@ def is_graphed(target: PreTrainedModel, draft: PreTrainedModel) -> bool:
     devices = {str(device) for device in getattr(target, "hf_device_map", {}).values()}
     is_one = len(devices) < 2 and draft.device == target.device and not Agreement(target).is_needed
     return is_one and target.device.type == "cuda"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors can have on a CUDA device."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _stay(*tensors: torch.Tensor) -> None:

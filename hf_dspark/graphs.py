@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -55,6 +55,11 @@ class GraphedFunction:
         captured.graph.replay()
         return captured.result
 
+    def forget(self) -> None:
+        """Free all graphs; later calls capture again."""
+        self._graphs.clear()
+        self._seen.clear()
+
     @property
     def num_graphs(self) -> int:
         """How many were captured."""
@@ -71,6 +76,22 @@ class GraphedFunction:
             logger.warning_once(f"{self._function.__name__} cannot be a CUDA graph and runs without: {reason}")
             return None
         return _Graph(graph, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], result)
+
+
+class CopiedGraph:
+    """A function with graphs whose next call does not overwrite what it returned: others may keep it."""
+
+    def __init__(self, function: GraphedFunction):
+        self._function = function
+        self.forget = function.forget
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(torch.Tensor, torch.clone, self._function(*args, **kwargs))
+
+    @property
+    def num_graphs(self) -> int:
+        """How many were captured."""
+        return self._function.num_graphs
 
 
 def capture(run: Callable[[], Any], pool: Any) -> tuple[Any, Any]:

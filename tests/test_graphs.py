@@ -81,6 +81,7 @@ def _kept(round):
 def graphed(monkeypatch):
     """(kind of target, fields of the draft) -> a pair whose rounds are graphs, as on CUDA."""
     monkeypatch.setattr(compiled, "is_graphed", lambda *models: True)
+    monkeypatch.setattr(compiled, "free_memory", lambda device: 10**12)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
     def make(kind="qwen3", **fields):
@@ -195,7 +196,7 @@ def test_forwards_alone_are_graphs_that_others_may_keep_results_of(graphed, sett
     assert _num_graphs(draft, target) == (0, 0)
     # Hidden states that a user asks for, too, are captured by hooks, which no replay calls.
     num_graphs = 0 if "output_hidden_states" in settings else 1
-    assert [f.function.num_graphs for f in (round.target_forward, round.draft_forward)] == [num_graphs, 1]
+    assert [f.num_graphs for f in (round.target_forward, round.draft_forward)] == [num_graphs, 1]
 
 
 class _EveryOther(FixedLength):
@@ -244,6 +245,21 @@ def test_what_cannot_be_captured_runs_without_graphs(graphed, monkeypatch):
     assert _num_graphs(draft, target) == (0, 0)
     assert len(said) == 2
     assert all("operation not permitted when stream is capturing" in text and "more" not in text for text in said)
+
+
+def test_sizes_that_were_used_before_are_given_up_where_memory_is_short(graphed, monkeypatch):
+    target, draft = graphed()
+    free, held = [10**12], []
+    monkeypatch.setattr(compiled, "free_memory", lambda device: free[0])
+    for rows in (1, 2, 3, 1):
+        ids = _rows(6, rows)
+        free[0] = 10**12 if rows < 3 else 0
+        for _ in range(2):
+            output = _speculate(target, draft, ids, max_new_tokens=16)
+            assert output.sequences.tolist() == plain(target, ids, max_new_tokens=16).tolist()
+        round = draft.compiled_rounds[target]
+        held.append((len(round._caches), len(round._columns), len(round._frames), *_num_graphs(draft, target)))
+    assert held == [(1,) * 5, (2,) * 5, (1,) * 5, (2,) * 5]
 
 
 def test_what_ran_in_graphs_is_told_in_every_call(graphed):
@@ -401,4 +417,4 @@ def test_forwards_alone_are_cuda_graphs():
     output = _speculate(target, draft, ids, **settings)
     assert output.sequences.tolist() == plain(target, ids, **settings).tolist()
     round = draft.compiled_rounds[target]
-    assert [f.function.num_graphs for f in (round.target_forward, round.draft_forward)] == [1, 1]
+    assert [f.num_graphs for f in (round.target_forward, round.draft_forward)] == [1, 1]
