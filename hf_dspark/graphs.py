@@ -96,10 +96,13 @@ class CopiedGraph:
 
 def capture(run: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
     """`run` as a CUDA graph, and the result that its replays write."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on with what a capture does not allow.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = run()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Other threads may go on with what a capture does not allow.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = run()
+    finally:  # a capture that fails would leave its own
+        torch.cuda.set_stream(stream)
     return graph, result
 
 
