@@ -98,20 +98,29 @@ def test_schedules_do_not_change_the_shapes(pair):
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_next_turn_goes_on_where_the_draft_was(pair):
+def test_next_turn_goes_on_where_the_draft_was(pair, monkeypatch):
+    from hf_dspark.batch_draft import BatchDraft
+
     target, draft = pair
     settings = {"max_new_tokens": 12, "return_dict_in_generate": True}
     ids, cache, own = _rows(6, 1), DynamicCache(config=target.config), DynamicCache(config=target.config)
+    seen, read = [], BatchDraft._read
+
+    def watched(self, features, *args):
+        seen.append(features.shape[1])
+        read(self, features, *args)
+
+    monkeypatch.setattr(BatchDraft, "_read", watched)
     for turn in range(3):
         expected = plain(target, ids, **{CACHE: own}, **settings)
-        seen = []
-        handle = draft.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].shape[1]))
+        seen.clear()
         output = _speculate(target, draft, ids, **{CACHE: cache}, **settings)
-        handle.remove()
         assert output.sequences.tolist() == expected.sequences.tolist()
         assert cache.get_seq_length() == own.get_seq_length()
+        assert draft.last_stats.kernels["compiled round"] == "whole"
         if turn:  # it reads what is new, and at the end a round's tokens and the last one
-            assert max(seen, default=0) <= draft.config.block_size + 2
+            assert seen
+            assert max(seen) <= draft.config.block_size + 2
         ids = torch.cat([expected.sequences, _rows(3, 1, seed=turn)], dim=1)
 
 
