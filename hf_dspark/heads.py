@@ -47,8 +47,14 @@ class SelectedRows(nn.Module):
         if version != self._copied_from:
             ids = self._token_ids.to(weight.device)
             bias = getattr(head, "bias", None)
-            self._weight, self._bias = weight.detach()[ids], None if bias is None else bias.detach()[ids]
-            torch._dynamo.mark_static_address(self._weight)  # or CUDA graphs would copy it every round
+            rows = (weight.detach()[ids], None if bias is None else bias.detach()[ids])
+            if self._copied_from is not None and self._copied_from[2:] == version[2:]:
+                for own, new in zip((self._weight, self._bias), rows, strict=True):
+                    if own is not None:
+                        own.copy_(new)  # graphs read it where it is
+            else:
+                self._weight, self._bias = rows
+                torch._dynamo.mark_static_address(self._weight)  # or CUDA graphs would copy it every round
             self._copied_from = version
 
 

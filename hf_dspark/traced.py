@@ -74,16 +74,9 @@ def draft_rows(
     inputs = anchor_slots.unsqueeze(-1) + torch.arange(config.num_block_inputs, device=anchor_slots.device)
     all_slots = torch.cat([slots, inputs], dim=1)
     cache.place(all_slots, stop, first_row=own.start, start=stop - all_slots.shape[1] if is_single else None)
-    masks, lengths = None, None
-    if is_single and is_whole and cache.stop == stop:
-        pass  # as behind a cache of the draft's own
-    elif is_whole and not reads_by_masks(device) and "sliding_attention" not in config.layer_types:
-        lengths = (inputs[:, -1] + 1).to(device)
-    else:
-        settings = {"causal": config.causal, "window": config.sliding_window}
-        shape = (config.num_block_inputs, cache.stop, config.layer_types)
-        masks = draft_slot_masks(anchor_slots, starts, *shape, **settings)
-        masks = {name: mask.to(device) for name, mask in masks.items()}
+    seen = {}
+    if not (is_single and is_whole and cache.stop == stop):  # else it is as behind a cache of the draft's own
+        seen = _what_drafts_see(draft, cache, inputs, starts, is_whole=is_whole)
     return draft_block(
         draft,
         features.to(device),
@@ -92,10 +85,22 @@ def draft_rows(
         position_ids=columns.positions(all_slots, inputs[:, -1], own).to(device),
         num_tokens=num_tokens,
         sampler=sampler,
-        attention_mask=masks,
-        kv_lengths=lengths,
         forward=forward,
+        **seen,
     )
+
+
+def _what_drafts_see(
+    draft: PreTrainedModel, cache: SlotCache, inputs: torch.Tensor, starts: torch.Tensor, *, is_whole: bool
+) -> dict[str, Any]:
+    """Arguments by which blocks in slots `inputs` [R, g] attend to all slots from `starts` [R] to their ends."""
+    config, device = draft.config, draft.device
+    if is_whole and not reads_by_masks(device) and "sliding_attention" not in config.layer_types:
+        return {"kv_lengths": (inputs[:, -1] + 1).to(device)}
+    settings = {"causal": config.causal, "window": config.sliding_window}
+    shape = (config.num_block_inputs, cache.stop, config.layer_types)
+    masks = draft_slot_masks(inputs[:, 0], starts, *shape, **settings)
+    return {"attention_mask": {name: mask.to(device) for name, mask in masks.items()}}
 
 
 def verify_rows(

@@ -327,6 +327,23 @@ def test_hooks_of_others_are_called_in_rounds_that_are_no_graphs(graphed):
     assert draft.last_stats.kernels["compiled round"] == "whole"
 
 
+def test_graphs_read_weights_that_were_changed_in_place(graphed):
+    target, draft = graphed(draft_vocab_size=4)
+    draft.set_draft_tokens(torch.tensor([0, 1, 3, 5]))
+    ids, drafted = _rows(6, 2), []
+    for _ in range(2):
+        expected = plain(target, ids, max_new_tokens=24)
+        for model in (draft, make_tiny_draft(target, seed=1, draft_vocab_size=4)):
+            model.set_draft_tokens(torch.tensor([0, 1, 3, 5]))
+            output = _speculate(target, model, ids, max_new_tokens=24)
+            assert output.sequences.tolist() == expected.tolist()
+            drafted.append([round.draft_ids.tolist() for round in output.rounds[:4]])
+        with torch.no_grad():
+            target.lm_head.weight.mul_(-1)
+    assert drafted[0] == drafted[1] != drafted[2] == drafted[3]
+    assert _num_graphs(draft, target) == (1, 1)
+
+
 class _Adapter(torch.nn.Module):
     """As adapters do it: a switch on a module that takes another one's place."""
 
