@@ -30,6 +30,12 @@ class SelectedRows(nn.Module):
         """The lm_head whose rows these are."""
         return self._head[0]
 
+    def select(self, token_ids: torch.Tensor) -> None:
+        """Take the rows of other tokens, of as many."""
+        self._token_ids = token_ids
+        if self._copied_from is not None:
+            self._copied_from = (None, *self._copied_from[1:])
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [..., tokens]."""
         head, ids = self.source, self._token_ids

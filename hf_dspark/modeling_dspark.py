@@ -156,6 +156,8 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
     def set_draft_tokens(self, token_ids: torch.Tensor) -> None:
         """Make `token_ids` [V], ids of the target in rising order, the draft's vocabulary."""
         self.d2t.copy_(token_ids.to(self.d2t.device) - torch.arange(len(self.d2t), device=self.d2t.device))
+        if self._borrowed.lm_head is not None:
+            self._borrowed.lm_head.select(self.draft_token_ids)
 
     def to_target_vocabulary(self, draft_logits: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] over the target's vocabulary from logits of the draft's tokens: -inf elsewhere."""

@@ -128,3 +128,16 @@ def test_the_most_frequent_tokens_of_answers_are_taken():
     samples = [Sample(0, [9, 9, 9, 5, 5, 7, 3], [(3, 7)]), Sample(1, [1, 7, 7, 5], [(1, 4)])]
     assert frequent_tokens(samples, 2, 16).tolist() == [5, 7]
     assert frequent_tokens(samples, 5, 16).tolist() == [0, 1, 3, 5, 7]  # then the first of those that never occur
+
+
+def test_tokens_that_are_chosen_once_a_target_is_bound_are_drafted_from():
+    target = make_tiny_target("qwen3", seed=1)
+    before, after = (make_tiny_draft(target, seed=1, draft_vocab_size=len(TOKENS)) for _ in range(2))
+    before.set_draft_tokens(TOKENS)
+    after.bind_target(target)
+    states = torch.randn(1, 3, target.config.hidden_size)
+    for draft in (before, after):
+        draft.bind_target(target)
+        draft.compute_logits(states)
+    after.set_draft_tokens(TOKENS)
+    assert torch.equal(after.compute_logits(states), before.compute_logits(states))
