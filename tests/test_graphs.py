@@ -99,6 +99,7 @@ def _num_graphs(draft, target):
     return round.draft_rows.num_graphs, round.verify_rows.num_graphs
 
 
+@pytest.mark.core
 def test_prompts_of_fifty_lengths_take_a_graph_of_each_side(graphed):
     target, draft = graphed()
     accepted = []
@@ -113,6 +114,7 @@ def test_prompts_of_fifty_lengths_take_a_graph_of_each_side(graphed):
     assert {0, 1, 2} <= set(accepted)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gemma4_text", "gpt_oss", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_graphs_of_rounds_say_what_plain_generate_says(graphed, kind, rows):
