@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .agreement import Agreement
 from .dispatch import note, twins
 from .features import FeatureTap
-from .graphs import CopiedGraph, GraphedFunction
+from .graphs import CopiedGraph, GraphedFunction, GraphSpace
 from .layerwise import MAX_GRAPHS, LayerCompiler
 from .model_state import has_hooks, state_of
 from .rows import Columns
@@ -46,8 +46,8 @@ class CompiledRound:
                     f"mode={options['mode']!r} makes CUDA graphs of what it compiles, and rounds are CUDA graphs "
                     'already. Leave it out, or use "max-autotune-no-cudagraphs".'
                 )
-            layers, pool = LayerCompiler(target, draft, **options), torch.cuda.graph_pool_handle()
-            make = partial(GraphedFunction, scope=layers, pool=pool)
+            layers = LayerCompiler(target, draft, **options)
+            make = partial(GraphedFunction, scope=layers, space=GraphSpace(target.device))
             self.target_forward, self.draft_forward = (CopiedGraph(make(forward)) for forward in forwards)
         else:
             make = partial(_compiled, **options)

@@ -1,8 +1,9 @@
 """Functions as CUDA graphs, captured as they are: no trace, so that Triton kernels run in them and nothing is refused.
 
-One graph for each set of shapes, and of arguments that are no tensors; all share their memory.
+One graph for each set of shapes, and of arguments that are no tensors.
 """
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +14,17 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+
+_capturing = threading.Lock()  # one at a time in a process
+
+
+class GraphSpace:
+    """Memory and a stream of a device, for graphs that run one after the other."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +43,10 @@ class GraphedFunction:
 
     Args:
         scope: is open while the function runs, or is captured.
-        pool: of `torch.cuda.graph_pool_handle()`; graphs that share one run one after the other.
     """
 
-    def __init__(self, function: Callable, scope: Callable[[], AbstractContextManager], pool: Any):
-        self._function, self._scope, self._pool = function, scope, pool
+    def __init__(self, function: Callable, scope: Callable[[], AbstractContextManager], space: GraphSpace):
+        self._function, self._scope, self._space = function, scope, space
         self._graphs: dict[tuple, _Graph | None] = {}  # None: it cannot be captured
         self._seen: set[tuple] = set()
 
@@ -52,7 +63,8 @@ class GraphedFunction:
                 return self._function(*args, **kwargs)
         for own, tensor in zip(captured.inputs, tensors, strict=True):
             own.copy_(tensor)
-        captured.graph.replay()
+        with torch.cuda.device(self._space.device):
+            captured.graph.replay()
         return captured.result
 
     def forget(self) -> None:
@@ -70,7 +82,7 @@ class GraphedFunction:
         args, kwargs = tree_unflatten(leaves, structure)
         try:
             with self._scope():
-                graph, result = capture(lambda: self._function(*args, **kwargs), self._pool)
+                graph, result = capture(lambda: self._function(*args, **kwargs), self._space)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             logger.warning_once(f"{self._function.__name__} cannot be a CUDA graph and runs without: {reason}")
@@ -94,15 +106,17 @@ class CopiedGraph:
         return self._function.num_graphs
 
 
-def capture(run: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
+def capture(run: Callable[[], Any], space: GraphSpace) -> tuple[Any, Any]:
     """`run` as a CUDA graph, and the result that its replays write."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
+    with _capturing, torch.cuda.device(space.device):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # Other threads may go on with what a capture does not allow.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            result = run()
-    finally:  # a capture that fails would leave its own
-        torch.cuda.set_stream(stream)
+        settings = {"pool": space.pool, "stream": space.stream, "capture_error_mode": "thread_local"}
+        try:
+            with torch.cuda.graph(graph, **settings):
+                result = run()
+        finally:  # a capture that fails would leave its own
+            torch.cuda.set_stream(stream)
     return graph, result
 
 

@@ -22,6 +22,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+class _Space:
+    """A GraphSpace where there is no GPU."""
+
+    def __init__(self, device=None):
+        self.device = -1
+
+
 class _Tape(TorchDispatchMode):
     """A CUDA graph on a CPU: operations on the tensors they were captured with, wherever these are referred to now."""
 
@@ -48,7 +55,7 @@ class _Tape(TorchDispatchMode):
 def _capture(keep):
     """`graphs.capture` without a GPU. A capture computes nothing: what `keep()` gives is as before."""
 
-    def capture(run, pool):
+    def capture(run, space):
         kept = [tensor for tensor in keep()]
         before, tape = [tensor.clone() for tensor in kept], _Tape()
         try:
@@ -82,7 +89,7 @@ def graphed(monkeypatch):
     """(kind of target, fields of the draft) -> a pair whose rounds are graphs, as on CUDA."""
     monkeypatch.setattr(compiled, "is_graphed", lambda *models: True)
     monkeypatch.setattr(compiled, "free_memory", lambda device: 10**12)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(compiled, "GraphSpace", _Space)
 
     def make(kind="qwen3", **fields):
         target = make_tiny_target(kind, seed=1, vocab_size=VOCAB)
@@ -231,7 +238,7 @@ def test_modes_that_make_graphs_themselves_are_refused(graphed):
         draft.compile_round(target, mode="reduce-overhead")
 
 
-def _refuse(run, pool):
+def _refuse(run, space):
     raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
@@ -395,7 +402,7 @@ def test_arguments_of_a_kind_share_a_graph_and_are_copied(monkeypatch):
         calls.append(by)
         return {"sum": pair["a"] + by * pair["b"]}
 
-    run = GraphedFunction(double, scope=LayerCompiler(), pool=None)
+    run = GraphedFunction(double, scope=LayerCompiler(), space=_Space())
     results = [run({"a": torch.full((2,), float(i)), "b": torch.ones(2)}, by=2)["sum"] for i in range(5)]
     assert results[0].tolist() == [2, 2]
     assert results[1] is results[4]  # which the last call has written
