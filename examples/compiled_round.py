@@ -18,7 +18,6 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from hf_dspark import DSparkDraftModel
-from hf_dspark.compiled import CompiledRound
 from hf_dspark.demo import demo_draft_folder, load_demo_target
 from hf_dspark.eval.prompts import encode_prompt, read_prompts
 
@@ -49,7 +48,7 @@ def main() -> None:
     arms = {name: arguments for name, arguments in arms.items() if name in args.arms}
     drafts = {"eager": eager, "compiled": compiled}
     settings = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-    warm_up(target, compiled.compiled_rounds[target], prompts, arms, settings, args.max_new_tokens)
+    warm_up(target, compiled, prompts, arms, settings, args.max_new_tokens)
     graphs = counters["stats"]["unique_graphs"]
     rates = {name: [] for name in arms}
     round_ms = {name: [] for name in drafts}
@@ -76,8 +75,9 @@ def main() -> None:
     print(json.dumps({**vars(args), "versions": versions, **figures}))
 
 
-def warm_up(target, compiled: CompiledRound, prompts, arms, settings, max_new_tokens: int) -> None:
-    first = {compiled.num_slots(prompt.shape[1] + max_new_tokens): prompt for prompt in prompts}
+def warm_up(target, draft: DSparkDraftModel, prompts, arms, settings, max_new_tokens: int) -> None:
+    num_slots, more = draft.compiled_rounds[target].num_slots, max_new_tokens + draft.config.num_block_inputs
+    first = {num_slots(prompt.shape[1] + more): prompt for prompt in prompts}
     for prompt in first.values():
         for arguments in arms.values():
             limit = {} if "max_length" in arguments else {"max_new_tokens": max_new_tokens}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_compiled import SAMPLED, VOCAB, _Never, _rows, _speculate
+from test_compiled import SAMPLED, VOCAB, _Never, _rows, _speculate, fresh_compiler  # noqa: F401
 from tiny import make_tiny_draft, make_tiny_target, plain, random_prompt
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,14 +12,6 @@ from hf_dspark import ConfidenceThreshold, FixedLength, compiled, graphs, sampli
 from hf_dspark.dispatch import load_kernels
 from hf_dspark.graphs import GraphedFunction
 from hf_dspark.layerwise import LayerCompiler
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class _Space:
