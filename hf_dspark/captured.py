@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .agreement import Agreement
-from .compiled import CompiledRound
+from .compiled import CompiledRound, on_one_device
 from .features import FeatureTap
 from .rows import Columns, Emission, Row
 from .sampling import TemperatureSampler, WarpedSampler
@@ -23,13 +23,12 @@ def why_not_captured(
     target: PreTrainedModel, draft: PreTrainedModel, tap: FeatureTap, terms: Terms, agreement: Agreement
 ) -> str | None:
     """Why only the forwards of a call's compiled rounds can be graphs; None where all of them can."""
-    devices = {str(device) for device in getattr(target, "hf_device_map", {}).values()}
     reasons = {
         "processors other than temperature, top-k and top-p": not terms.rule.is_traceable(target.device),
         "stopping criteria, or scores and states are collected": terms.has_other_criteria or bool(terms.extras),
         "features are captured by hooks": tap.by_hooks,
         "processes agree on each round": agreement.is_needed,
-        "the models lie on several devices": len(devices) > 1 or draft.device != target.device,
+        "the models lie on several devices": not on_one_device(target, draft),
     }
     return next((reason for reason, is_met in reasons.items() if is_met), None)
 

@@ -81,11 +81,13 @@ class CompiledRound:
 
     def _is_short_of_memory(self, num_slots: int) -> bool:
         """Whether caches of so many slots in all rows, and a tenth more, need what others hold."""
-        for (rows, slots), caches in self._caches.items():
-            layers = [layer for cache in caches for layer in cache.layers if layer.is_initialized]
-            held = sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
-            return bool(layers) and 1.1 * held * num_slots / (rows * slots) > free_memory(layers[0].device)
-        return False
+        caches = (cache for pair in self._caches.values() for cache in pair)
+        layers = [layer for cache in caches for layer in cache.layers if layer.is_initialized]
+        if not layers:
+            return False
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        held_slots = sum(rows * slots for rows, slots in self._caches)
+        return 1.1 * held * num_slots / held_slots > free_memory(layers[0].device)
 
     def _forget_all_but(self, key: tuple[int, int]) -> None:
         """Free the caches of all sizes, what goes with those of others, and the graphs that work on them."""
@@ -145,9 +147,13 @@ def current_round(draft: PreTrainedModel, target: PreTrainedModel) -> CompiledRo
 
 def is_graphed(target: PreTrainedModel, draft: PreTrainedModel) -> bool:
     """Whether rounds are CUDA graphs of their own, which need no trace."""
+    return target.device.type == "cuda" and on_one_device(target, draft) and not Agreement(target).is_needed
+
+
+def on_one_device(target: PreTrainedModel, draft: PreTrainedModel) -> bool:
+    """Whether all layers of both models lie on the same device."""
     devices = {str(device) for device in getattr(target, "hf_device_map", {}).values()}
-    is_one = len(devices) < 2 and draft.device == target.device and not Agreement(target).is_needed
-    return is_one and target.device.type == "cuda"
+    return len(devices) < 2 and draft.device == target.device
 
 
 def free_memory(device: torch.device) -> int:
