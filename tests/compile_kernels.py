@@ -1,7 +1,8 @@
 """Compile the kernels ahead of time for one GPU architecture, without a GPU, and print what they need as JSON lines.
 
-    python tests/compile_kernels.py 90
+    python tests/compile_kernels.py 90 232448
 
+The second number is the part's bytes of shared memory for a program, by which some launches are chosen.
 A process of its own: where Triton interprets kernels, it cannot compile them.
 """
 
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -73,7 +75,7 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _attention(name: str, head_dim: int, dtype: str = "bf16", **flags) -> Build:
+def _attention(name: str, shared_memory: int, head_dim: int, dtype: str = "bf16", **flags) -> Build:
     size = 4 if dtype == "fp32" else 2
     arguments = dict.fromkeys(attention.split_attention_kernel.arg_names, "i32")
     arguments |= dict.fromkeys(("query", "key", "value"), f"*{dtype}")
@@ -81,17 +83,17 @@ def _attention(name: str, head_dim: int, dtype: str = "bf16", **flags) -> Build:
     arguments |= {"NUM_KEY_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "IS_CAUSAL": True, "HAS_LENGTHS": True}
     arguments |= {"HAS_WINDOW": False, "HAS_SOFTCAP": False}
     arguments |= attention.block_sizes(head_dim, size) | flags
-    return Build(f"attention {name}", attention.split_attention_kernel, arguments, attention.options(head_dim, size))
+    options = attention.options(head_dim, size, shared_memory)
+    return Build(f"attention {name}", attention.split_attention_kernel, arguments, options)
 
 
-def _merge(head_dim: int) -> Build:
+def _merge(head_dim: int, num_splits: int) -> Build:
     arguments = dict.fromkeys(("num_splits", "num_rows"), "i32")
     arguments |= {"partial": "*fp32", "statistics": "*fp32", "sinks": "*bf16", "output": "*bf16"}
     arguments |= {"NUM_HEADS": 32, "HEAD_DIM": head_dim, "HAS_SINKS": True}
-    arguments["BLOCK_SPLITS"] = attention.BLOCK_SPLITS
-    return Build(
-        f"merge of splits, {head_dim}", attention.merge_splits_kernel, arguments, attention.options(head_dim, 2)
-    )
+    options = attention.merge_options(head_dim, num_splits)
+    arguments["BLOCK_SPLITS"] = options.pop("BLOCK_SPLITS")
+    return Build(f"merge of {num_splits} splits, {head_dim}", attention.merge_splits_kernel, arguments, options)
 
 
 def _sampler(name: str, dtype: str = "bf16", token_ids: str | None = None, uniforms: str | None = "*fp64"):
@@ -124,21 +126,21 @@ def _acceptance():
     yield Build("draw_kernel", acceptance.draw_kernel, arguments, acceptance.OPTIONS)
 
 
-def builds() -> list[Build]:
+def builds(shared_memory: int) -> list[Build]:
     """Every kernel in the configurations that are launched."""
+    attend = partial(_attention, shared_memory=shared_memory)
     return [
-        _attention("64", 64),
-        _attention("128", 128),
-        _attention("256", 256),
-        _attention("128, group of 5", 128, GROUP=5),
-        _attention("128, bidirectional", 128, IS_CAUSAL=False, HAS_LENGTHS=False, lengths=None),
-        _attention("64, window", 64, GROUP=8, HAS_WINDOW=True),
-        _attention("256, window, soft-cap", 256, GROUP=2, HAS_WINDOW=True, HAS_SOFTCAP=True),
-        _attention("128, fp16", 128, "fp16"),
-        _attention("128, fp32", 128, "fp32"),
-        _attention("256, fp32", 256, "fp32"),
-        _merge(128),
-        _merge(256),
+        attend("64", head_dim=64),
+        attend("128", head_dim=128),
+        attend("256", head_dim=256),
+        attend("128, group of 5", head_dim=128, GROUP=5),
+        attend("128, bidirectional", head_dim=128, IS_CAUSAL=False, HAS_LENGTHS=False, lengths=None),
+        attend("64, window", head_dim=64, GROUP=8, HAS_WINDOW=True),
+        attend("256, window, soft-cap", head_dim=256, GROUP=2, HAS_WINDOW=True, HAS_SOFTCAP=True),
+        attend("128, fp16", head_dim=128, dtype="fp16"),
+        attend("128, fp32", head_dim=128, dtype="fp32"),
+        attend("256, fp32", head_dim=256, dtype="fp32"),
+        *(_merge(head_dim, num_splits) for head_dim in (128, 256) for num_splits in (1, 8, 100)),
         *_sampler("bf16"),
         *_sampler("bf16, draft vocabulary", token_ids="*i64"),
         *_sampler("fp32, greedy", "fp32", uniforms=None),
@@ -147,5 +149,5 @@ def builds() -> list[Build]:
 
 
 if __name__ == "__main__":
-    for build in builds():
+    for build in builds(int(sys.argv[2])):
         print(json.dumps(build.figures(int(sys.argv[1]))))
