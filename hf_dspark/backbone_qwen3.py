@@ -20,6 +20,8 @@ from .configuration_dspark import DSparkConfig
 class DraftAttention(Qwen3Attention):
     """Block queries over [cached context ; new context ; block]."""
 
+    projections_of_one_input = (("k_proj", "v_proj"),)
+
     def __init__(self, config: DSparkConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.is_causal = False

@@ -1,10 +1,12 @@
-"""Decoder layers compiled one by one: layers that are alike share what one of them was compiled to.
+"""Rounds compiled in parts: layers that are alike share what one of them was compiled to.
 
 A whole model of 36 layers takes the compiler a minute for each number of rows and slots, one layer a few seconds.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,38 +14,55 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from .features import decoder_layers
+from .joined import joined, lay_side_by_side
 from .slots import SlotCache
 
 MAX_GRAPHS = 256  # of one function: numbers of rows and of slots, pairs of models, kinds of rules
 
 
 class LayerCompiler:
-    """What is compiled of the layers of some models; `options` are torch.compile's."""
+    """What is compiled of some models' rounds; `options` are torch.compile's.
+
+    These are decoder layers, norms and rotary embeddings, and the functions marked as a `part`. Weights of projections
+    that read the same input are moved next to each other.
+    """
 
     def __init__(self, *models: PreTrainedModel, **options: Any):
-        self._layers = [layer for model in models for layer in decoder_layers(model)]
-        # One function for all layers of a class.
-        self._compiled = {
-            cls: torch.compile(_call_of(cls), dynamic=False, **options)
-            for cls in {type(layer) for layer in self._layers}
+        layers = [layer for model in models for layer in decoder_layers(model)]
+        for layer in layers:
+            lay_side_by_side(layer)
+        self._options = {"dynamic": False, **options}
+        self._modules = layers + [module for model in models for module in _small_modules(model)]
+        # One function for all modules of a class.
+        self._of_classes = {
+            cls: torch.compile(_call_of(cls), **self._options) for cls in {type(module) for module in self._modules}
         }
+        self._of_parts: dict[Callable, Callable] = {}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """The models' layers run compiled while this is open, in any thread."""
+        """The models' modules run compiled while this is open, in any thread; parts do in this one."""
         with ExitStack() as stack:
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS))
-            for layer in self._layers:
-                if "forward" not in vars(layer):  # else something else has taken it over
-                    layer.forward = self._forward_of(layer)
-                    stack.callback(vars(layer).pop, "forward")
-                for module in layer.modules():
-                    if module is not layer:
-                        stack.enter_context(_without_recorders(module))
+            for module in self._modules:
+                if "forward" not in vars(module):  # else something else has taken it over
+                    module.forward = self._forward_of(module)
+                    stack.callback(vars(module).pop, "forward")
+                    stack.enter_context(joined(module))
+                for inner in module.modules():
+                    if inner is not module:
+                        stack.enter_context(_without_recorders(inner))
+            stack.callback(_open.reset, _open.set(self))
             yield
 
+    def compiled(self, function: Callable) -> Callable:
+        """A part, compiled."""
+        if function not in self._of_parts:
+            self._of_parts[function] = torch.compile(function, **self._options)
+        return self._of_parts[function]
+
     def _forward_of(self, layer: nn.Module) -> Callable:
-        run, index = self._compiled[type(layer)], _cache_layer_of(layer)
+        run, index = self._of_classes[type(layer)], _cache_layer_of(layer)
 
         def alone(value: Any) -> Any:
             return OneLayer(value, index) if isinstance(value, SlotCache) and index is not None else value
@@ -52,6 +71,20 @@ class LayerCompiler:
             return run(layer, *map(alone, args), **{name: alone(value) for name, value in kwargs.items()})
 
         return forward
+
+
+_open: ContextVar[LayerCompiler | None] = ContextVar("open", default=None)
+
+
+def part(function: Callable) -> Callable:
+    """`function`, compiled by itself while a LayerCompiler is open: many small operations become a few."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        compiler = None if torch.compiler.is_compiling() else _open.get()
+        return (function if compiler is None else compiler.compiled(function))(*args, **kwargs)
+
+    return run
 
 
 class OneLayer:
@@ -79,6 +112,14 @@ def _cache_layer_of(layer: nn.Module) -> int | None:
     """The cache's layer that a decoder layer writes; None where its modules do not say."""
     indices = {module.layer_idx for module in layer.modules() if isinstance(getattr(module, "layer_idx", None), int)}
     return indices.pop() if len(indices) == 1 else None
+
+
+def _small_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """What stands beside the decoder layers and has no matrix; torch's own modules are a kernel each already."""
+    for module in model.get_decoder().children():
+        is_own = type(module).__module__.startswith("torch.")
+        if not is_own and all(parameter.ndim < 2 for parameter in module.parameters()):
+            yield module
 
 
 @contextmanager

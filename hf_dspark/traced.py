@@ -15,10 +15,11 @@ from .attention_interface import NAME as BLOCK_ATTENTION
 from .compat import CACHE
 from .draft import Sampler, draft_block
 from .features import FeatureTap
+from .layerwise import part
 from .rows import Columns, up_to_eos
 from .sampling import Warpers
 from .slots import PADDING, READ_SLOT_MASKS, SlotCache, draft_slot_masks, reads_by_masks, slot_masks
-from .state import DraftBlock
+from .state import Choice, DraftBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,25 +70,44 @@ def draft_rows(
     `is_single`: it is one row, whose features and block lie side by side up to `stop`. `is_whole`: contexts begin with
     the first token.
     """
-    config, device = draft.config, draft.device
-    anchor_slots = columns.anchor_slots(own)
-    inputs = anchor_slots.unsqueeze(-1) + torch.arange(config.num_block_inputs, device=anchor_slots.device)
-    all_slots = torch.cat([slots, inputs], dim=1)
-    cache.place(all_slots, stop, first_row=own.start, start=stop - all_slots.shape[1] if is_single else None)
-    seen = {}
-    if not (is_single and is_whole and cache.stop == stop):  # else it is as behind a cache of the draft's own
-        seen = _what_drafts_see(draft, cache, inputs, starts, is_whole=is_whole)
+    place = {"stop": stop, "is_single": is_single, "is_whole": is_whole}
+    anchor_ids, position_ids, seen = _place_blocks(draft, columns, cache, own, starts, slots, **place)
     return draft_block(
         draft,
-        features.to(device),
-        columns.anchors(own).to(device),
+        features.to(draft.device),
+        anchor_ids,
         cache,
-        position_ids=columns.positions(all_slots, inputs[:, -1], own).to(device),
+        position_ids=position_ids,
         num_tokens=num_tokens,
         sampler=sampler,
         forward=forward,
         **seen,
     )
+
+
+@part
+def _place_blocks(
+    draft: PreTrainedModel,
+    columns: Columns,
+    cache: SlotCache,
+    own: slice,
+    starts: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    stop: int,
+    is_single: bool,
+    is_whole: bool,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Anchors [R] and positions [R, w+g] of the next forward, which is placed, and by which arguments it sees."""
+    anchor_slots = columns.anchor_slots(own)
+    inputs = anchor_slots.unsqueeze(-1) + torch.arange(draft.config.num_block_inputs, device=anchor_slots.device)
+    all_slots = torch.cat([slots, inputs], dim=1)
+    cache.place(all_slots, stop, first_row=own.start, start=stop - all_slots.shape[1] if is_single else None)
+    seen = {}
+    if not (is_single and is_whole and cache.stop == stop):  # else it is as behind a cache of the draft's own
+        seen = _what_drafts_see(draft, cache, inputs, starts, is_whole=is_whole)
+    positions = columns.positions(all_slots, inputs[:, -1], own)
+    return columns.anchors(own).to(draft.device), positions.to(draft.device), seen
 
 
 def _what_drafts_see(
@@ -119,24 +139,43 @@ def verify_rows(
 
     `arguments` are more of the target's. Tokens, their features and the rows that ended are written to the frame.
     """
-    columns, own = frame.columns, slice(0, len(draft_ids))
+    slots, placed = _place_tokens(target, cache, frame.columns, draft_ids)
+    outputs = target(**arguments, **placed, **{CACHE: cache}, use_cache=True, return_dict=True)
+    logits = outputs.logits if warpers is None else outputs.logits.float()
+    choice = choose_by(warpers, logits, draft_ids, draft_probs, *chances, limits)
+    return choice.token_ids, _commit(frame, choice, slots, frame.tap.take(outputs), eos_ids)
+
+
+@part
+def _place_tokens(
+    target: PreTrainedModel, cache: SlotCache, columns: Columns, draft_ids: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Slots [R, L+1] of the anchors and the drafted tokens, which are placed, and the forward's arguments for them."""
+    own = slice(0, len(draft_ids))
     offsets = torch.arange(draft_ids.shape[1] + 1, device=draft_ids.device)
     slots = columns.anchor_slots(own).unsqueeze(-1) + offsets
     cache.place(slots, cache.num_slots)
     tokens = torch.cat([columns.anchors(own).unsqueeze(-1), draft_ids], dim=1)
     positions = columns.positions(slots, columns.last_slots[own], own)
-    arguments = arguments | {"input_ids": tokens, "position_ids": positions, CACHE: cache, "use_cache": True}
-    outputs = target(**arguments, **attention_to_slots(target, cache, slots), return_dict=True)
-    choice = choose_by(warpers, outputs.logits.float(), draft_ids, draft_probs, *chances, limits)
+    return slots, {"input_ids": tokens, "position_ids": positions, **attention_to_slots(target, cache, slots)}
+
+
+@part
+def _commit(
+    frame: Frame, choice: Choice, slots: torch.Tensor, features: torch.Tensor, eos_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """What `verify_rows` says of the rows, [3, R]; the frame is as the next round finds it."""
+    columns, own = frame.columns, slice(0, len(slots))
     counts, at_eos = up_to_eos(choice, eos_ids)
     room = columns.last_slots[own] + 1 - slots[:, 0]
     finished = frame.ended | at_eos | (counts >= room)
     counts = counts.minimum(room).masked_fill(frame.ended, 0)
-    frame.features.copy_(frame.tap.take(outputs))
+    offsets = torch.arange(slots.shape[1], device=slots.device)
+    frame.features.copy_(features)
     frame.slots.copy_(torch.where(offsets < counts.unsqueeze(-1), slots, PADDING))
     frame.ended.copy_(finished)
     columns.write(own, choice.token_ids, counts)
-    return choice.token_ids, torch.stack([counts, choice.num_accepted, finished.long()])
+    return torch.stack([counts, choice.num_accepted, finished.long()])
 
 
 def attention_to_slots(target: PreTrainedModel, cache: SlotCache, slots: torch.Tensor) -> dict[str, Any]:

@@ -40,6 +40,7 @@ ROWS = [
         "cost_table",
         "graphs",
         "model_state",
+        "joined",
     ],
 ]
 # They stand outside: `dispatch` finds them by name, and they import nothing of the package but records.

@@ -1,0 +1,91 @@
+"""Projections that read the same input, as one matrix product: query, key and value, gate and up.
+
+Their weights are laid side by side in memory: nothing is held twice, and each module keeps its own. While `joined` is
+open the first of them computes all, and each returns its part.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@torch.no_grad()
+def lay_side_by_side(root: nn.Module) -> None:
+    """Move the weights that can be joined next to each other; their values and parameters stay the same."""
+    for group in _groups(root):
+        for name in ("weight", "bias"):
+            tensors = [getattr(module, name) for module in group]
+            if tensors[0] is not None and not _is_side_by_side(tensors):
+                parts = torch.cat([tensor.data for tensor in tensors]).split([len(tensor) for tensor in tensors])
+                for tensor, part in zip(tensors, parts, strict=True):
+                    tensor.data = part
+
+
+@contextmanager
+def joined(root: nn.Module) -> Iterator[None]:
+    """What was laid side by side is computed together while this is open."""
+    groups = [group for group in _groups(root) if _is_side_by_side([module.weight for module in group])]
+    for group in groups:
+        product, first = _Product(*(_as_one([getattr(m, name) for m in group]) for name in ("weight", "bias"))), 0
+        for module in group:
+            module.__class__, module.product, module.is_last = _Part, product, module is group[-1]
+            module.first, first = first, first + module.out_features
+    try:
+        yield
+    finally:
+        for module in (module for group in groups for module in group):
+            module.__class__ = nn.Linear
+            for name in ("product", "is_last", "first"):
+                delattr(module, name)
+
+
+class _Product:
+    """What the modules of a group share."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        self.weight, self.bias = weight, bias
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # input and outputs; one value, for other threads
+
+
+class _Part(nn.Linear):
+    """A linear layer that computes those beside it, too, where none of them has."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product, last = self.product, self.product.last
+        if last is None or last[0] is not input:
+            last = (input, linear(input, product.weight, product.bias))
+        product.last = None if self.is_last else last
+        return last[1][..., self.first : self.first + self.out_features]
+
+
+def _groups(root: nn.Module) -> Iterator[list[nn.Linear]]:
+    for parent in root.modules():
+        for names in getattr(parent, "projections_of_one_input", GROUPS):
+            group = [getattr(parent, name, None) for name in names]
+            if all(type(module) is nn.Linear for module in group) and _fit_together(group):
+                yield group
+
+
+def _fit_together(group: list[nn.Linear]) -> bool:
+    kinds = {(type(m.weight), m.weight.dtype, m.weight.device, m.in_features, m.bias is None) for m in group}
+    weights = [module.weight for module in group]
+    is_plain = type(weights[0]) is nn.Parameter and weights[0].is_floating_point()
+    return len(kinds) == 1 and is_plain and all(weight.is_contiguous() for weight in weights)
+
+
+def _is_side_by_side(tensors: list[torch.Tensor]) -> bool:
+    ends = [tensor.data_ptr() + tensor.numel() * tensor.element_size() for tensor in tensors]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    return len(storages) == 1 and all(end == t.data_ptr() for end, t in zip(ends, tensors[1:], strict=False))
+
+
+def _as_one(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    if tensors[0] is None:
+        return None
+    first = tensors[0].data
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
