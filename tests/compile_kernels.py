@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from hf_dspark.kernels import triton_acceptance as acceptance
 from hf_dspark.kernels import triton_attention as attention
+from hf_dspark.kernels import triton_linear as linear
 from hf_dspark.kernels import triton_sampling as sampling
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -126,6 +127,13 @@ def _acceptance():
     yield Build("draw_kernel", acceptance.draw_kernel, arguments, acceptance.OPTIONS)
 
 
+def _linear(name: str, shared_memory: int, dtype: str = "bf16", bias: str | None = None) -> Build:
+    arguments = dict.fromkeys(("num_rows", "num_columns", "num_channels"), "i32")
+    arguments |= dict.fromkeys(("states", "weight", "output"), f"*{dtype}")
+    arguments |= {"bias": bias, "HAS_BIAS": bias is not None, **linear.blocks()}
+    return Build(f"linear {name}", linear.few_rows_kernel, arguments, linear.options(shared_memory))
+
+
 def builds(shared_memory: int) -> list[Build]:
     """Every kernel in the configurations that are launched."""
     attend = partial(_attention, shared_memory=shared_memory)
@@ -145,6 +153,9 @@ def builds(shared_memory: int) -> list[Build]:
         *_sampler("bf16, draft vocabulary", token_ids="*i64"),
         *_sampler("fp32, greedy", "fp32", uniforms=None),
         *_acceptance(),
+        _linear("bf16", shared_memory),
+        _linear("bf16, bias", shared_memory, bias="*bf16"),
+        _linear("fp16", shared_memory, dtype="fp16"),
     ]
 
 

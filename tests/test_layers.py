@@ -28,7 +28,7 @@ ROWS = [
     ["draft", "attention_interface", "rows"],
     ["limits", "layerwise"],
     ["features", "schedule", "verify", "accept", "rollback", "slots", "heads", "checkpoint", "agreement", "terms"],
-    ["configuration_dspark", "sampling", "attention", "dialects_export", "draft_gate"],
+    ["configuration_dspark", "sampling", "attention", "few_rows", "dialects_export", "draft_gate"],
     [
         "dialects",
         "dialects_deepseek_v4",
