@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import block_attention, visible_keys
 from .dispatch import note
+from .model_state import modules_of
 from .packing import Packing
 
 NAME = "dspark"
@@ -205,7 +206,7 @@ def why_not_switched(target: PreTrainedModel) -> str | None:
     if not decoder._can_set_attn_implementation():
         return f"{type(decoder).__name__} does not take its attention from transformers' AttentionInterface"
     # Without them sdpa computes something else than the model means, and so does plain generate().
-    has_sinks = any(hasattr(module, "sinks") for module in decoder.modules())
+    has_sinks = any("sinks" in module._parameters for module in modules_of(decoder))
     if implementation == "sdpa" and (has_sinks or getattr(decoder.config, "attn_logit_softcapping", None)):
         return "sdpa leaves out its sinks or soft-cap"
     return None
@@ -214,6 +215,6 @@ def why_not_switched(target: PreTrainedModel) -> str | None:
 def _switchable_configs(*models: PreTrainedModel) -> list:
     """The configs that the decoders' modules read their attention from."""
     decoders = [model.get_decoder() for model in models]
-    found = {id(m.config): m.config for decoder in decoders for m in decoder.modules() if hasattr(m, "config")}
+    found = {id(m.config): m.config for m in modules_of(*decoders) if "config" in vars(m)}
     switched = [config for key, config in found.items() if key in _switched]
     return switched + [c for c in found.values() if getattr(c, "_attn_implementation", None) == "sdpa"]

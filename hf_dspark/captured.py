@@ -57,8 +57,7 @@ class CapturedRounds:
         self._ahead: DraftBlock | None = None
         self._tokens: torch.Tensor | None = None  # of the round under way
         self._figures = _ToHost(columns.ids.device)
-        # What is taken of the target's lm_head at the first use: no graph may hold that.
-        draft.compute_logits(torch.zeros(1, 1, draft.config.hidden_size, dtype=draft.dtype, device=draft.device))
+        draft.refresh_head()
 
     def propose(
         self, cache: SlotCache, starts: torch.Tensor, features: torch.Tensor, slots: torch.Tensor, num_tokens: int

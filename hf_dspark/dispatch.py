@@ -25,10 +25,14 @@ _missing: str | None = None  # why there are no twins; None: not looked yet
 _notes: dict[str, dict[str, None]] = {}  # what was said of a function since `load_kernels`, in order
 
 
-def with_kernel(function: Callable, *, unless: Callable[..., str | None] | None = None) -> Callable:
+def with_kernel(
+    function: Callable, *, unless: Callable[..., str | None] | None = None, is_slower: bool = True
+) -> Callable:
     """`function`, whose first argument is a tensor, or its twin where that fits; the caller cannot tell.
 
-    `unless`, with the same arguments, gives a reason why the plain function is better than a twin that fits.
+    Args:
+        unless: with the same arguments, gives a reason why the plain function is better than a twin that fits.
+        is_slower: on CUDA the plain function costs so much that its use is said in the log.
     """
     name = function.__name__
     _names.append(name)
@@ -51,7 +55,7 @@ def with_kernel(function: Callable, *, unless: Callable[..., str | None] | None 
                 # Triton launches on the current device; in a trace the compiler sees to that.
                 with nullcontext() if is_traced else torch.cuda.device_of(tensor):
                     return twin(tensor, *args, **kwargs)
-        note(name, f"not Triton: {reason}", is_loss=tensor.is_cuda)
+        note(name, f"not Triton: {reason}", is_loss=is_slower and tensor.is_cuda)
         return function(tensor, *args, **kwargs)
 
     return choose

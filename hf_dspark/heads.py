@@ -43,9 +43,14 @@ class SelectedRows(nn.Module):
         if not is_readable(weight):
             logits = head(hidden_states)
             return logits[..., ids.to(logits.device)]
-        if not torch.compiler.is_compiling():  # what compiles it calls it before
+        if not torch.compiler.is_compiling():  # what compiles it calls `refresh` before
             self._copy_rows()
         return nn.functional.linear(hidden_states.to(weight.device, weight.dtype), self._weight, self._bias)
+
+    def refresh(self) -> None:
+        """Copy the rows now, where they can be: what is captured in a graph does not."""
+        if is_readable(self.source.weight):
+            self._copy_rows()
 
     def _copy_rows(self) -> None:
         head, weight = self.source, self.source.weight

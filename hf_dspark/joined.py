@@ -1,7 +1,7 @@
-"""Projections that read the same input, as one matrix product: query, key and value, gate and up.
+"""Linear layers in compiled rounds: those that read the same input are one matrix product, and few rows a kernel's.
 
-Their weights are laid side by side in memory: nothing is held twice, and each module keeps its own. While `joined` is
-open the first of them computes all, and each returns its part.
+Query, key and value, gate and up: their weights are laid side by side in memory. Nothing is held twice, and each
+module keeps its own. While `joined` is open the first of them computes all, and each returns its part.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+
+from .few_rows import few_rows_linear
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -28,8 +29,11 @@ def lay_side_by_side(root: nn.Module) -> None:
 
 @contextmanager
 def joined(root: nn.Module) -> Iterator[None]:
-    """What was laid side by side is computed together while this is open."""
+    """What was laid side by side is computed together while this is open; plain linear layers by `few_rows_linear`."""
+    alone = [module for module in root.modules() if type(module) is nn.Linear]
     groups = [group for group in _groups(root) if _is_side_by_side([module.weight for module in group])]
+    for module in alone:
+        module.__class__ = _Linear
     for group in groups:
         product, first = _Product(*(_as_one([getattr(m, name) for m in group]) for name in ("weight", "bias"))), 0
         for module in group:
@@ -38,10 +42,10 @@ def joined(root: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in (module for group in groups for module in group):
+        for module in alone:
             module.__class__ = nn.Linear
             for name in ("product", "is_last", "first"):
-                delattr(module, name)
+                vars(module).pop(name, None)
 
 
 class _Product:
@@ -52,13 +56,18 @@ class _Product:
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # input and outputs; one value, for other threads
 
 
+class _Linear(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return few_rows_linear(input, self.weight, self.bias)
+
+
 class _Part(nn.Linear):
     """A linear layer that computes those beside it, too, where none of them has."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         product, last = self.product, self.product.last
         if last is None or last[0] is not input:
-            last = (input, linear(input, product.weight, product.bias))
+            last = (input, few_rows_linear(input, product.weight, product.bias))
         product.last = None if self.is_last else last
         return last[1][..., self.first : self.first + self.out_features]
 

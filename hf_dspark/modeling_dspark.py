@@ -159,6 +159,11 @@ class DSparkDraftModel(SpeculativeDecoding, UnpatchedDoor, DSparkPreTrainedModel
         if self._borrowed.lm_head is not None:
             self._borrowed.lm_head.select(self.draft_token_ids)
 
+    def refresh_head(self) -> None:
+        """Take anew what is copied of the target's lm_head, before graphs read it."""
+        if isinstance(self._borrowed.lm_head, SelectedRows):
+            self._borrowed.lm_head.refresh()
+
     def to_target_vocabulary(self, draft_logits: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] over the target's vocabulary from logits of the draft's tokens: -inf elsewhere."""
         if self.config.draft_vocab_size is None:

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import DEVICES, assert_close, sum_in_one_order
 from torch import nn
 
-from hf_dspark import dispatch
+from hf_dspark import dispatch, few_rows
 from hf_dspark.few_rows import FEW_ROWS, few_rows_linear
 
 kernels = pytest.importorskip("hf_dspark.kernels")
@@ -160,17 +160,18 @@ def test_few_rows_run_by_the_kernel_and_many_by_the_plain_function_without_a_war
 ):
     warned = []
     monkeypatch.setattr(dispatch.logger, "warning_once", warned.append)
+    monkeypatch.setattr(few_rows, "MANY_COLUMNS", 64)
     states, weight, bias = Case((17,), has_bias=True).inputs(device)
     if device == "cpu":
         states = states.as_subclass(_OnCuda)
     assert few_rows_linear(states[:16], weight, bias).shape == (16, 64)
     assert dispatch.report()["few_rows_linear"] == "Triton"
     assert few_rows_linear(states, weight, bias=bias).tolist() == plain(states, weight, bias).tolist()
-    said = "Triton; not Triton: cuBLAS is as fast from 17 rows on"
-    assert dispatch.report()["few_rows_linear"] == said
+    few_rows_linear(states[:8], weight[:32])
+    few_rows_linear(states[:8, :96], weight[:, :96])
+    said = ("cuBLAS is as fast from 17 rows on", "cuBLAS is faster for fewer than 64 columns", "a weight of 64 x 96")
+    assert dispatch.report()["few_rows_linear"] == "; ".join(("Triton", *(f"not Triton: {text}" for text in said)))
     assert warned == []
-    few_rows_linear(states[:8], weight[:32])  # what is lost is said
-    assert warned == ["few_rows_linear: not Triton: a weight of 32 x 128."]
 
 
 def test_tensors_on_a_cpu_run_plainly_for_the_usual_reason(kernels_everywhere, monkeypatch):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from hf_dspark.joined import joined, lay_side_by_side
+from hf_dspark.joined import _Linear, joined, lay_side_by_side
 
 
 class Products(TorchDispatchMode):
@@ -51,7 +51,7 @@ def test_draft_joins_what_reads_the_context_and_the_block():
     lay_side_by_side(draft)
     layer = draft.layers[0]
     with joined(draft):
-        assert type(layer.self_attn.q_proj) is nn.Linear
+        assert type(layer.self_attn.q_proj) is _Linear
         assert layer.self_attn.k_proj.product is layer.self_attn.v_proj.product
         assert layer.mlp.gate_proj.product is layer.mlp.up_proj.product
 
@@ -86,7 +86,7 @@ def test_what_does_not_fit_together_is_left_alone(change):
     lay_side_by_side(attention)
     assert attention.q_proj.weight.data_ptr() == pointer
     with joined(attention):
-        assert type(attention.q_proj) is nn.Linear
+        assert type(attention.q_proj) is _Linear
 
 
 def test_model_is_saved_moved_and_loaded_as_before(tmp_path):
@@ -101,4 +101,4 @@ def test_model_is_saved_moved_and_loaded_as_before(tmp_path):
     target.load_state_dict(before)
     target.to(torch.float64)  # elsewhere in memory: each by itself
     with joined(target):
-        assert all(type(module) is nn.Linear for module in target.modules() if isinstance(module, nn.Linear))
+        assert all(type(module) is _Linear for module in target.modules() if isinstance(module, nn.Linear))

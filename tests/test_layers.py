@@ -27,7 +27,19 @@ ROWS = [
     ["traced"],
     ["draft", "attention_interface", "rows"],
     ["limits", "layerwise"],
-    ["features", "schedule", "verify", "accept", "rollback", "slots", "heads", "checkpoint", "agreement", "terms"],
+    [
+        "features",
+        "schedule",
+        "verify",
+        "accept",
+        "rollback",
+        "slots",
+        "heads",
+        "checkpoint",
+        "agreement",
+        "terms",
+        "joined",
+    ],
     ["configuration_dspark", "sampling", "attention", "few_rows", "dialects_export", "draft_gate"],
     [
         "dialects",
@@ -40,7 +52,6 @@ ROWS = [
         "cost_table",
         "graphs",
         "model_state",
-        "joined",
     ],
 ]
 # They stand outside: `dispatch` finds them by name, and they import nothing of the package but records.
