@@ -135,10 +135,12 @@ class BatchCall:
         positions = slots[:, -1] if position_ids is None else position_ids[:, -1].to(slots.device)
         types = tuple(name for name in TOKEN_TYPES if model_kwargs.get(name) is not None)
         batch.admit(list(self.rows), self.input_ids, cache, slots, positions, features, types)
-        self._take_over_context(batch, cache, slots[:, : -features.shape[1]])
+        self._take_over_context(batch, cache, slots, features.shape[1])
 
-    def _take_over_context(self, batch: RowBatch, cache: Cache, slots: torch.Tensor) -> None:
-        """Let the draft go on from an earlier call on this cache, whose columns have `slots` [B, n]."""
+    def _take_over_context(self, batch: RowBatch, cache: Cache, slots: torch.Tensor, num_new: int) -> None:
+        """Let the draft go on from an earlier call on this cache, whose columns have `slots` [B, n], the last new."""
+        is_unpadded = len(slots) == 1 or all(row.num_slots == slots.shape[1] for row in self.rows)
+        slots = slots[:, :-num_new]
         context = context_of(self.draft, cache, slots.shape[1])
         del self.draft.contexts[cache]  # its cache is emptied, as the target's
         if context.last_position is None or len(context.last_position) != len(slots):
@@ -147,8 +149,8 @@ class BatchCall:
         if len(slots) == 1:  # of a single sequence it never reads the padding
             slots = slots[:, slots[0] < PADDING]
         if 0 < num_known <= slots.shape[1]:
-            batch.drafting.is_whole = num_known == slots.shape[1]
-            batch.drafting.take_over(context, slots[:, -num_known:])
+            is_whole = batch.drafting.is_whole = num_known == slots.shape[1]
+            batch.drafting.take_over(context, slots[:, -num_known:], is_unpadded=is_whole and is_unpadded)
 
     def _slots(self, model_kwargs: dict[str, Any], cache: Cache) -> torch.Tensor:
         """The slot [B, C] of each column of the prefilled cache."""

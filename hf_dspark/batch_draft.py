@@ -70,11 +70,15 @@ class BatchDraft:
         # By themselves, or the features of all other rows would be padded to this prompt's length.
         self.fresh += zip(rows, features.split(1), slots.split(1), strict=True)
 
-    def take_over(self, context: DraftContext, slots: torch.Tensor) -> None:
-        """Go on with what the draft read in an earlier call: tokens in `slots` [R, n] of the rows just admitted."""
+    def take_over(self, context: DraftContext, slots: torch.Tensor, *, is_unpadded: bool) -> None:
+        """Go on with what the draft read in an earlier call: tokens in `slots` [R, n] of the rows just admitted.
+
+        `is_unpadded`: these are 0 to n - 1.
+        """
         num_read = context.cache.get_seq_length()
         if num_read:
-            move_into_slots(context.cache, slots[:, :num_read], self.cache, self.cache.num_slots)
+            settings = {"stop": self.cache.num_slots, "is_unpadded": is_unpadded}
+            move_into_slots(context.cache, slots[:, :num_read], self.cache, **settings)
         if context.features:
             self.pending.insert(0, (torch.cat(context.features, dim=1), slots[:, num_read:]))
         self.starts[: len(slots)] = slots.min(-1).values

@@ -13,6 +13,7 @@ from .packing import Packing
 
 GROWTH = 256  # slots; caches grow by at least so many, on a CPU by a quarter of it
 PADDING = 2**62  # the slot of what is in no slot; as a float it is the same number
+_MANY_TOKENS = 64
 READ_SLOT_MASKS = {"eager", "sdpa", "dspark"}  # attention that takes `slot_masks`
 
 
@@ -136,8 +137,8 @@ class SlotLayer(CacheLayerMixin):
             self.values[rows, :, slots] = value_states.transpose(1, 2)
         else:
             side_by_side = slice(place.start, place.start + key_states.shape[2])
-            self.keys[own, :, side_by_side] = key_states
-            self.values[own, :, side_by_side] = value_states
+            _copy(key_states, self.keys[own, :, side_by_side])
+            _copy(value_states, self.values[own, :, side_by_side])
         if place.columns is not None:
             columns = place.columns.to(self.device)
             row = torch.arange(own.start, own.stop, device=self.device).unsqueeze(-1)
@@ -164,6 +165,23 @@ class SlotLayer(CacheLayerMixin):
         grown = self._empty(states)
         grown[:, :, : states.shape[2] - 1] = states[:, :, :-1]
         return grown
+
+
+def _copy(states: torch.Tensor, into: torch.Tensor) -> None:
+    if states.is_cuda and states.shape[2] >= _MANY_TOKENS:  # strided numbers are copied one by one there
+        states, into = _as_wide_numbers(states, into)
+    into.copy_(states)
+
+
+def _as_wide_numbers(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same memory seen as numbers of 16 bytes, to be copied; as it is where one does not lie so."""
+    for tensor in tensors:
+        offsets = (*tensor.stride()[:-1], tensor.shape[-1], tensor.storage_offset())
+        if tensor.stride(-1) != 1 or any(offset * tensor.element_size() % 16 for offset in offsets):
+            return tensors
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        return tensors
+    return tuple(tensor.view(torch.complex128) for tensor in tensors)
 
 
 def reads_by_masks(device: torch.device) -> bool:

@@ -94,6 +94,8 @@ CASES = [
     Case("ragged, bidirectional", lengths=(200, 8, 64), is_causal=False),
     Case("ragged, window", lengths=(200, 8, 64, 129), window=16),
     Case("ragged, 17 rows, sinks", rows=17, lengths=(17, 300, 90), keys=400, has_sinks=True),
+    Case("one split, sinks", keys=120, has_sinks=True),
+    Case("one split, everything", keys=120, **_FLAGS["everything"] | {"lengths": (120, 21)}),
     *(
         Case(f"{name}, {label}", dtype=dtype, **flags)
         for dtype, label in _HALF.items()
@@ -105,6 +107,7 @@ CASES = [
             "17 rows": {"rows": 17},
             **{name: _FLAGS[name] for name in ("window and sinks", "window and soft-cap", "everything")},
             "ragged": {"lengths": (200, 8, 64, 129), "head_dim": 128},
+            "one split": {"keys": 120, "head_dim": 128, "has_sinks": True, "lengths": (120, 9)},
         }.items()
     ),
 ]

@@ -186,6 +186,24 @@ def test_a_rows_bits_do_not_depend_on_how_many_rows_there_are(device, dtype, mon
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason=NO_TRITON)
+@pytest.mark.parametrize(
+    ("heads", "keys", "size"),
+    [(8, 2304, 128), (8, 8448, 256), (64, 2304, 576), (64, 8448, 2112), (256, 2304, 2304), (1000, 8448, 8448)],
+)
+def test_splits_give_work_to_all_programs_that_run_side_by_side_and_to_no_more(heads, keys, size):
+    from hf_dspark.kernels.triton_attention import SPLIT_STEP, block_sizes, size_of_splits
+
+    assert size_of_splits(heads, keys, 264) == size
+    assert size % SPLIT_STEP == 0
+    for head_dim in (16, 64, 128, 256):
+        for element_size in (2, 4):
+            assert SPLIT_STEP % block_sizes(head_dim, element_size)["BLOCK_KEYS"] == 0
+    num_programs = heads * -(-keys // size)
+    assert num_programs <= max(264, heads)
+    assert num_programs > 132 or size == 128
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason=NO_TRITON)
 def test_twin_has_the_arguments_of_the_plain_function():
     from hf_dspark import kernels
 

@@ -186,7 +186,8 @@ def test_tensors_on_a_cpu_run_plainly_for_the_usual_reason(kernels_everywhere, m
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("has_bias", [False, True])
 @torch.no_grad()
-def test_kernel_is_one_operator_of_a_trace(has_bias, backend, device, kernels_everywhere):
+def test_kernel_is_one_operator_of_a_trace(has_bias, backend, device, kernels_everywhere, monkeypatch):
+    monkeypatch.setattr(few_rows, "MANY_COLUMNS", 128)
     states, weight, bias = Case((2, 8), 128, 256, has_bias=has_bias, is_strided=True).inputs(device)
     weight = nn.Parameter(weight)
 

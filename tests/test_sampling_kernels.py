@@ -37,14 +37,14 @@ class Block(NamedTuple):
 ORDER, ROUNDED = "the sums are taken in another order", "and then rounded to the head's dtype"
 BLOCKS = {
     "one tile": Block(50, 3, None, torch.float32, 1e-6, ORDER),
-    "three tiles": Block(300, 2, 0.7, torch.float32, 1e-6, ORDER),
+    "three tiles": Block(600, 2, 0.7, torch.float32, 1e-6, ORDER),
     "more rows than a program holds": Block(300, 18, 1.0, torch.float32, 1e-6, ORDER),
-    "rank of several loads": Block(140, 2, 1.3, torch.float32, 1e-6, ORDER, rank=72),
+    "rank of several loads": Block(300, 2, 1.3, torch.float32, 1e-6, ORDER, rank=72),
     "bfloat16": Block(300, 3, 0.7, torch.bfloat16, 2**-8, f"{ORDER}, {ROUNDED}", rank=72),
     "float16, greedy": Block(300, 3, None, torch.float16, 2**-11, f"{ORDER}, {ROUNDED}"),
-    "draft vocabulary": Block(300, 3, 1.0, torch.float32, 1e-6, ORDER, num_draft_tokens=170),
+    "draft vocabulary": Block(600, 3, 1.0, torch.float32, 1e-6, ORDER, num_draft_tokens=340),
     "draft vocabulary, greedy": Block(
-        300, 3, None, torch.bfloat16, 2**-8, f"{ORDER}, {ROUNDED}", num_draft_tokens=170
+        600, 3, None, torch.bfloat16, 2**-8, f"{ORDER}, {ROUNDED}", num_draft_tokens=340
     ),
 }
 

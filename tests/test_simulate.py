@@ -154,14 +154,14 @@ def test_draft_goes_on_from_its_own_context(pair, monkeypatch, rows):
 
     known, take_over = [], BatchDraft.take_over
 
-    def watched(self, context, slots):
-        take_over(self, context, slots)
-        known.append((slots.shape, self.is_whole))
+    def watched(self, context, slots, *, is_unpadded):
+        take_over(self, context, slots, is_unpadded=is_unpadded)
+        known.append((slots.shape, self.is_whole, is_unpadded))
 
     monkeypatch.setattr(BatchDraft, "take_over", watched)
     run_simulation(pair, RATES, batch_size=rows, context=30, max_new_tokens=12, repeats=1, arms=[BY_NAME["dspark"]])
     assert known
-    assert set(known) == {((rows, 29), True)}
+    assert set(known) == {((rows, 29), True, True)}
 
 
 def test_fewer_than_two_verifications_give_no_counts(pair):

@@ -20,6 +20,7 @@ from hf_dspark.rows import Row
 from hf_dspark.slots import (
     PADDING,
     SlotCache,
+    _as_wide_numbers,
     draft_slot_masks,
     move_into_slots,
     move_out_of_slots,
@@ -268,3 +269,44 @@ def test_rows_that_come_in_behind_others_say_and_draft_what_they_would_alone(kin
     assert 9 not in widths  # that prompt's only token was the target's: the draft need not read it
     assert max(refill.num_live) == 3
     assert sum(refill.num_live) == sum(len(row.records) for row in refill.rows)
+
+
+def _bits(states: torch.Tensor) -> torch.Tensor:
+    return states.contiguous().view(torch.int16)
+
+
+def test_states_are_copied_bit_for_bit_as_wide_numbers():
+    states = torch.randint(-(2**15), 2**15, (2, 3, 5, 24), dtype=torch.int16).view(torch.bfloat16)  # NaNs, too
+    into = torch.zeros(4, 3, 9, 24, dtype=torch.bfloat16)
+    wide, wide_into = _as_wide_numbers(states.transpose(0, 1).contiguous().transpose(0, 1), into[1:3, :, 2:7])
+    assert (wide.dtype, wide.shape) == (torch.complex128, (2, 3, 5, 3))
+    wide_into.copy_(wide)
+    assert torch.equal(_bits(into[1:3, :, 2:7]), _bits(states))
+    assert not _bits(into[:, :, :2]).any()
+    assert not _bits(into[0]).any()
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        torch.zeros(1, 1, 4, 12, dtype=torch.bfloat16),  # rows of 24 bytes
+        torch.zeros(1, 1, 4, 17, dtype=torch.bfloat16)[..., 1:],
+        torch.zeros(1, 1, 4, 32, dtype=torch.bfloat16)[..., ::2],
+        torch.zeros(1, 1, 4, 16),  # of another type
+    ],
+)
+def test_what_does_not_lie_so_is_copied_as_it_is(states):
+    into = torch.zeros(states.shape, dtype=torch.bfloat16)
+    assert all(x is y for x, y in zip(_as_wide_numbers(states, into), (states, into), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [8, 700])
+def test_side_by_side_states_are_copied_on_cuda(num_tokens):
+    cache = SlotCache([None], 3, 1024)
+    keys, values = torch.randn(2, 2, 4, num_tokens, 64, device="cuda", dtype=torch.bfloat16)
+    cache.place(torch.arange(num_tokens, device="cuda").expand(2, -1) + 5, num_tokens + 5, first_row=1, start=5)
+    seen = cache.layers[0].update(keys, values)
+    assert all(torch.equal(own[:, :, 5:], states) for own, states in zip(seen, (keys, values), strict=True))
+    assert not cache.layers[0].keys[0].any()
+    assert not cache.layers[0].keys[:, :, :5].any()

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .shared_memory import shared_memory
+from .device import programs_side_by_side, shared_memory
 
 MAX_ROWS = 64
+SPLIT_STEP = 64  # keys: splits begin where steps of any size do
 MAX_BLOCK_SPLITS = 32  # that are merged at once
 FUSION = {"enable_fp_fusion": True}  # pinned: Triton's default changes from 3.10 on
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -36,7 +37,7 @@ def _launch(
     batch_size, num_heads, num_rows, head_dim = query.shape
     num_key_heads, num_keys = key.shape[1], key.shape[2]
     group = num_heads // num_key_heads
-    split_size = size_of_splits(batch_size * num_key_heads, num_keys)
+    split_size = size_of_splits(batch_size * num_key_heads, num_keys, programs_side_by_side(query.device))
     num_splits = triton.cdiv(num_keys, split_size)
     float32 = {"dtype": torch.float32, "device": query.device}
     partial = torch.empty(num_splits, batch_size, num_heads, num_rows, head_dim, **float32)
@@ -114,13 +115,13 @@ def why_not_block_attention(
     return next((reason for reason, is_met in reasons.items() if is_met), None)
 
 
-def size_of_splits(num_heads: int, num_keys: int) -> int:
-    """Keys a program reads: a power of two, so large that about 512 programs have work, and at least 128.
+def size_of_splits(num_heads: int, num_keys: int, num_programs: int) -> int:
+    """Keys a program reads, at least 128: as many splits as give all programs that run side by side some work.
 
-    Where 256 programs have work without splits, more are no faster (measured on an H200).
+    More would wait for others to end; where there is one for each head already, all its keys are read by it.
     """
-    num_programs = 512 if num_heads < 256 else 256
-    return max(128, triton.next_power_of_2(triton.cdiv(num_heads * num_keys, num_programs)))
+    num_splits = max(1, num_programs // num_heads)
+    return max(128, triton.cdiv(triton.cdiv(num_keys, num_splits), SPLIT_STEP) * SPLIT_STEP)
 
 
 def block_sizes(head_dim: int, element_size: int) -> dict[str, int]:

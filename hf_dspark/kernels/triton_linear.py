@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .shared_memory import shared_memory
+from .device import shared_memory
 
 MAX_ROWS = 16  # of the one tile
 BLOCK_N, BLOCK_K = 64, 128
