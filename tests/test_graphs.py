@@ -1,5 +1,7 @@
 """CUDA graphs of rounds, and layers compiled one by one. Here a replay runs the captured function again."""
 
+import threading
+
 import pytest
 import torch
 from test_compiled import SAMPLED, VOCAB, _Never, _rows, _speculate, fresh_compiler  # noqa: F401
@@ -11,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from hf_dspark import ConfidenceThreshold, FixedLength, compiled, graphs, sampling
 from hf_dspark.dispatch import load_kernels
 from hf_dspark.graphs import GraphedFunction
-from hf_dspark.layerwise import LayerCompiler
+from hf_dspark.layerwise import LayerCompiler, part
+from hf_dspark.model_state import modules_of
 
 
 class _Space:
@@ -311,6 +314,44 @@ def test_layers_are_as_they_were_when_they_are_not_being_compiled(graphed):
         fail()
     assert not any("forward" in vars(layer) for layer in layers)
     assert [dict(module._forward_hooks) for module in target.modules()] == hooks
+
+
+def test_parts_are_compiled_where_a_compiler_is_open_and_in_no_other_thread(graphed):
+    target, draft = graphed()
+    traced = []
+
+    @part
+    def double(numbers):
+        traced.append(torch.compiler.is_compiling())
+        return numbers * 2
+
+    def run():
+        assert double(torch.ones(3)).tolist() == [2, 2, 2]
+
+    run()
+    with LayerCompiler(target, draft, backend="eager")():
+        run()
+        other = threading.Thread(target=run)
+        other.start()
+        other.join()
+    run()
+    assert traced.count(False) == 3
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_is_beside_the_layers_and_has_no_matrix_is_compiled(graphed):
+    target, draft = graphed("gemma3_text")
+    with LayerCompiler(target, draft, backend="eager")():
+        taken = {name for name, module in target.get_decoder().named_children() if "forward" in vars(module)}
+        assert taken == {"norm", "rotary_emb"}
+        taken = {name for name, module in draft.named_children() if "forward" in vars(module)}
+        assert taken == {"norm", "hidden_norm", "rotary_emb"}
+
+
+def test_modules_are_those_that_torch_lists(graphed):
+    models = graphed()
+    listed = [module for model in models for module in model.modules()]
+    assert sorted(map(id, modules_of(*models))) == sorted(map(id, listed))
 
 
 def test_hooks_of_others_are_called_in_rounds_that_are_no_graphs(graphed):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from hf_dspark.dispatch import load_kernels, report
 from hf_dspark.joined import _Linear, joined, lay_side_by_side
 
 
@@ -102,3 +103,12 @@ def test_model_is_saved_moved_and_loaded_as_before(tmp_path):
     target.to(torch.float64)  # elsewhere in memory: each by itself
     with joined(target):
         assert all(type(module) is _Linear for module in target.modules() if isinstance(module, nn.Linear))
+
+
+def test_all_linear_layers_are_asked_for_the_kernel():
+    target = make_tiny_target("llama", seed=1)
+    load_kernels()
+    with torch.no_grad(), joined(target):
+        target(torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+        assert {type(module) for module in target.modules() if isinstance(module, nn.Linear)} == {_Linear}
+    assert report()["few_rows_linear"].startswith("not Triton: there is no")
