@@ -141,6 +141,7 @@ def current_round(draft: PreTrainedModel, target: PreTrainedModel) -> CompiledRo
         state = (twins(), state_of(target, draft))
         if compiled.state not in (None, state):
             compiled = draft.compiled_rounds[target] = CompiledRound(target, draft, **compiled.options)
+            state = (twins(), state_of(target, draft))  # weights were laid side by side again
         compiled.state = state
     return compiled
 
