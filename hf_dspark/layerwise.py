@@ -32,21 +32,19 @@ class LayerCompiler:
         for layer in layers:
             lay_side_by_side(layer)
         self._options = {"dynamic": False, **options}
-        self._modules = layers + [module for model in models for module in _small_modules(model)]
-        # One function for all modules of a class.
-        self._of_classes = {
-            cls: torch.compile(_call_of(cls), **self._options) for cls in {type(module) for module in self._modules}
-        }
-        self._of_parts: dict[Callable, Callable] = {}
+        modules = [("layer", layer) for layer in layers]
+        modules += [named for model in models for named in _small_modules(model)]
+        self._modules = [(module, _forward_of(type(module), name)) for name, module in modules]
+        self._compiled: dict[Callable, Callable] = {}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """The models' modules run compiled while this is open, in any thread; parts do in this one."""
         with ExitStack() as stack:
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS))
-            for module in self._modules:
+            for module, function in self._modules:
                 if "forward" not in vars(module):  # else something else has taken it over
-                    module.forward = self._forward_of(module)
+                    module.forward = _called_alone(self.compiled(function), module)
                     stack.callback(vars(module).pop, "forward")
                     stack.enter_context(joined(module))
                 for inner in module.modules():
@@ -56,21 +54,10 @@ class LayerCompiler:
             yield
 
     def compiled(self, function: Callable) -> Callable:
-        """A part, compiled."""
-        if function not in self._of_parts:
-            self._of_parts[function] = torch.compile(function, **self._options)
-        return self._of_parts[function]
-
-    def _forward_of(self, layer: nn.Module) -> Callable:
-        run, index = self._of_classes[type(layer)], _cache_layer_of(layer)
-
-        def alone(value: Any) -> Any:
-            return OneLayer(value, index) if isinstance(value, SlotCache) and index is not None else value
-
-        def forward(*args, **kwargs):
-            return run(layer, *map(alone, args), **{name: alone(value) for name, value in kwargs.items()})
-
-        return forward
+        """`function`, compiled once."""
+        if function not in self._compiled:
+            self._compiled[function] = torch.compile(function, **self._options)
+        return self._compiled[function]
 
 
 _open: ContextVar[LayerCompiler | None] = ContextVar("open", default=None)
@@ -101,11 +88,29 @@ class OneLayer:
         return getattr(self._cache, name)
 
 
-def _call_of(cls: type[nn.Module]) -> Callable:
-    def call(layer: nn.Module, *args, **kwargs):
-        return cls.forward(layer, *args, **kwargs)
+@functools.cache
+def _forward_of(cls: type[nn.Module], name: str) -> Callable:
+    """The forward of modules of a class that are called `name`, one for the process."""
 
-    return call
+    def forward(module: nn.Module, *args, **kwargs):
+        return cls.forward(module, *args, **kwargs)
+
+    # A code object of its own, by which the compiler keeps, and counts, what it has made.
+    forward.__code__ = forward.__code__.replace(co_name=f"{cls.__name__}.{name}")
+    return forward
+
+
+def _called_alone(function: Callable, module: nn.Module) -> Callable:
+    """`function` of a module, which sees no more of a cache than its own layer."""
+    index = _cache_layer_of(module)
+
+    def alone(value: Any) -> Any:
+        return OneLayer(value, index) if isinstance(value, SlotCache) and index is not None else value
+
+    def forward(*args, **kwargs):
+        return function(module, *map(alone, args), **{name: alone(value) for name, value in kwargs.items()})
+
+    return forward
 
 
 def _cache_layer_of(layer: nn.Module) -> int | None:
@@ -114,12 +119,12 @@ def _cache_layer_of(layer: nn.Module) -> int | None:
     return indices.pop() if len(indices) == 1 else None
 
 
-def _small_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
+def _small_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """What stands beside the decoder layers and has no matrix; torch's own modules are a kernel each already."""
-    for module in model.get_decoder().children():
+    for name, module in model.get_decoder().named_children():
         is_own = type(module).__module__.startswith("torch.")
         if not is_own and all(parameter.ndim < 2 for parameter in module.parameters()):
-            yield module
+            yield name, module
 
 
 @contextmanager

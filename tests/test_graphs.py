@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_dspark import ConfidenceThreshold, FixedLength, compiled, graphs, sampling
+from hf_dspark import ConfidenceThreshold, FixedLength, compiled, graphs, layerwise, sampling
 from hf_dspark.dispatch import load_kernels
 from hf_dspark.graphs import GraphedFunction
 from hf_dspark.layerwise import LayerCompiler, part
@@ -111,8 +111,8 @@ def test_prompts_of_fifty_lengths_take_a_graph_of_each_side(graphed):
         assert output.sequences.tolist() == plain(target, prompt, max_new_tokens=20).tolist()
         accepted += [round.num_accepted for round in output.rounds]
     assert _num_graphs(draft, target) == (1, 1)
-    # A layer of each model, which all its layers share; norms and rotary embeddings of two sizes, and three parts.
-    assert counters["stats"]["unique_graphs"] == 9
+    # A layer of each model, which all its layers share; three norms, two rotary embeddings, three parts.
+    assert counters["stats"]["unique_graphs"] == 10
     assert not counters["graph_break"]
     assert draft.last_stats.kernels["compiled round"] == "whole"
     assert {0, 1, 2} <= set(accepted)
@@ -296,7 +296,7 @@ def test_layers_run_by_kernels_are_traced_as_on_cuda(graphed, kernels_everywhere
         ids = _rows(6, rows)
         output = _speculate(target, draft, ids, max_new_tokens=16)
         assert output.sequences.tolist() == plain(target, ids, max_new_tokens=16).tolist()
-    assert counters["stats"]["unique_graphs"] == 2 * 9
+    assert counters["stats"]["unique_graphs"] == 2 * 10
 
 
 def test_layers_are_as_they_were_when_they_are_not_being_compiled(graphed):
@@ -314,6 +314,17 @@ def test_layers_are_as_they_were_when_they_are_not_being_compiled(graphed):
         fail()
     assert not any("forward" in vars(layer) for layer in layers)
     assert [dict(module._forward_hooks) for module in target.modules()] == hooks
+
+
+def test_no_layer_takes_from_the_number_of_graphs_that_others_may_have(graphed, monkeypatch):
+    monkeypatch.setattr(layerwise, "MAX_GRAPHS", 6)  # of three sizes, and of both models' rotary embeddings
+    target, draft = graphed()
+    monkeypatch.setattr(graphs, "capture", _refuse)  # nothing is compiled on a tape
+    for rows in (1, 2, 3):
+        ids = _rows(6, rows)
+        output = _speculate(target, draft, ids, max_new_tokens=16)
+        assert output.sequences.tolist() == plain(target, ids, max_new_tokens=16).tolist()
+    assert counters["stats"]["unique_graphs"] == 3 * 10
 
 
 def test_parts_are_compiled_where_a_compiler_is_open_and_in_no_other_thread(graphed):
@@ -469,7 +480,7 @@ def test_cuda_graphs_hold_whole_rounds(settings):
                 assert output.sequences.tolist() == plain(target, ids, max_new_tokens=24).tolist()
     assert draft.last_stats.kernels["compiled round"] == "whole"
     assert _num_graphs(draft, target) == (2, 2)
-    assert counters["stats"]["unique_graphs"] == 2 * 9
+    assert counters["stats"]["unique_graphs"] == 2 * 10
 
 
 @pytest.mark.gpu
