@@ -9,22 +9,37 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .few_rows import few_rows_linear
+
+logger = logging.get_logger(__name__)
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+def lay_side_by_side(*roots: nn.Module) -> None:
+    """Move the weights that can be joined next to each other; their values and parameters stay the same.
+
+    Where the memory is too short for a copy of a group, it and those behind it stay where they are.
+    """
+    try:
+        for group in (group for root in roots for group in _groups(root)):
+            for name in ("weight", "bias"):
+                _move_together([getattr(module, name) for module in group])
+    except torch.OutOfMemoryError:
+        logger.warning_once("There is too little memory to lay all weights that are read together side by side.")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # where they were there are gaps as large as one
+
+
 @torch.no_grad()
-def lay_side_by_side(root: nn.Module) -> None:
-    """Move the weights that can be joined next to each other; their values and parameters stay the same."""
-    for group in _groups(root):
-        for name in ("weight", "bias"):
-            tensors = [getattr(module, name) for module in group]
-            if tensors[0] is not None and not _is_side_by_side(tensors):
-                parts = torch.cat([tensor.data for tensor in tensors]).split([len(tensor) for tensor in tensors])
-                for tensor, part in zip(tensors, parts, strict=True):
-                    tensor.data = part
+def _move_together(tensors: list[torch.Tensor | None]) -> None:
+    if tensors[0] is None or _is_side_by_side(tensors):
+        return
+    parts = torch.cat([tensor.data for tensor in tensors]).split([len(tensor) for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.data = part
 
 
 @contextmanager

@@ -29,8 +29,7 @@ class LayerCompiler:
 
     def __init__(self, *models: PreTrainedModel, **options: Any):
         layers = [layer for model in models for layer in decoder_layers(model)]
-        for layer in layers:
-            lay_side_by_side(layer)
+        lay_side_by_side(*layers)
         self._options = {"dynamic": False, **options}
         modules = [("layer", layer) for layer in layers]
         modules += [named for model in models for named in _small_modules(model)]

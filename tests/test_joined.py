@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from hf_dspark import joined as joined_module
 from hf_dspark.dispatch import load_kernels, report
 from hf_dspark.joined import _Linear, joined, lay_side_by_side
 
@@ -88,6 +89,29 @@ def test_what_does_not_fit_together_is_left_alone(change):
     assert attention.q_proj.weight.data_ptr() == pointer
     with joined(attention):
         assert type(attention.q_proj) is _Linear
+
+
+def test_weights_stay_where_they_are_where_the_memory_is_short(monkeypatch):
+    target = make_tiny_target("llama", seed=1)
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected, before = _logits(target, ids)
+    cat, moved, warned = torch.cat, [], []
+
+    def short(tensors):
+        if len(moved) == 3:
+            raise torch.OutOfMemoryError
+        moved.append(tensors)
+        return cat(tensors)
+
+    monkeypatch.setattr(torch, "cat", short)
+    monkeypatch.setattr(joined_module.logger, "warning_once", warned.append)
+    lay_side_by_side(*target.model.layers)
+    monkeypatch.undo()
+    assert len(warned) == 1
+    with joined(target):
+        output, after = _logits(target, ids)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert before - after == 2 + 1 + 2  # of two layers' three groups
 
 
 def test_model_is_saved_moved_and_loaded_as_before(tmp_path):
