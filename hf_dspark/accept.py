@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 
 from .dispatch import with_kernel
-from .sampling import Prefixes, SamplingRule, Warpers, draw, process_ragged, process_scores, softmax_at
+from .sampling import Prefixes, SamplingRule, draw, process_ragged, process_scores, softmax_at
 from .state import Acceptance, Choice, Distribution, DraftBlock
+from .warpers import Warpers
 
 
 def choose_tokens(

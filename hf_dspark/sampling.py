@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as lp
 
 from .state import Distribution
+from .warpers import Warpers
 
 # They read only the scores, never the prefix: one call may serve all positions of a block.
 _PREFIX_FREE = (
@@ -77,30 +78,6 @@ class TopKWarper:
 
 
 @dataclass(frozen=True, slots=True)
-class Warpers:
-    """Temperature, top-k and top-p with their numbers as tensors, so that one trace serves them all."""
-
-    temperature: torch.Tensor  # []
-    top_k: torch.Tensor | None  # [1]
-    tail: torch.Tensor | None  # []  1 - top_p
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """The law [..., V] that transformers' processors give for `logits` [..., V]."""
-        scores = logits / self.temperature
-        if self.top_k is None and self.tail is None:
-            return scores.softmax(-1)
-        ordered, order = scores.sort(-1)
-        if self.top_k is not None:
-            index = (scores.shape[-1] - self.top_k).clamp_min(0)
-            ordered = ordered.masked_fill(ordered < ordered.index_select(-1, index), -torch.inf)
-        if self.tail is not None:
-            is_tail = ordered.softmax(-1).cumsum(-1) <= self.tail
-            is_best = torch.arange(scores.shape[-1], device=scores.device) == scores.shape[-1] - 1
-            ordered = ordered.masked_fill(is_tail & ~is_best, -torch.inf)
-        return scores.scatter(-1, order, ordered).softmax(-1)
-
-
-@dataclass(frozen=True, slots=True)
 class WarpedSampler:
     """Chooses a drafted token by `warpers`, and gives their law."""
 
@@ -113,8 +90,7 @@ class WarpedSampler:
         return search(probs, self.uniforms[:, drafted_ids.shape[1]]), Distribution(probs.unsqueeze(1))
 
 
-for _cls in (Warpers, WarpedSampler):  # graphs find the tensors in them
-    torch.export.register_dataclass(_cls)
+torch.export.register_dataclass(WarpedSampler)  # graphs find the tensors in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +194,7 @@ class SamplingRule:
         temperature, top_k, top_p = self._settings
         return Warpers(
             torch.tensor(temperature, device=device),
-            None if top_k is None else torch.tensor([top_k], device=device),
+            top_k,
             None if top_p is None else torch.tensor(1.0 - top_p, device=device),
         )
 

@@ -17,9 +17,9 @@ from .draft import Sampler, draft_block
 from .features import FeatureTap
 from .layerwise import part
 from .rows import Columns, up_to_eos
-from .sampling import Warpers
 from .slots import PADDING, READ_SLOT_MASKS, SlotCache, draft_slot_masks, reads_by_masks, slot_masks
 from .state import Choice, DraftBlock
+from .warpers import Warpers
 
 
 @dataclass(frozen=True, slots=True)

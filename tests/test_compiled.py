@@ -12,6 +12,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from hf_dspark import ConfidenceThreshold, FixedLength, sampling
 from hf_dspark.compat import CACHE
 from hf_dspark.sampling import SamplingRule
+from hf_dspark.warpers import Warpers
 
 VOCAB = 6  # so small that a random draft is right now and then
 
@@ -209,6 +210,40 @@ def test_warpers_are_transformers_processors():
         rule = SamplingRule(processors, do_sample=True)
         expected = processors(None, logits.clone()).softmax(-1)
         assert torch.equal(rule.warpers(logits.device)(logits), expected), values
+
+
+def _wide_scores(generator, step, dtype):
+    """Scores [20, 300] with ties where they are rounded, and tokens that are ruled out."""
+    logits = 4 * torch.randn(20, 300, generator=generator)
+    logits = logits if step is None else (logits / step).round() * step
+    logits[:10, 100:] = -torch.inf
+    return logits.to(dtype).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("step", [None, 0.02, 0.5])
+def test_warpers_leave_out_the_ties_that_a_stable_sort_leaves_out(step, dtype, monkeypatch):
+    """torch's sort of a large vocabulary is stable on CUDA, and need not be on a CPU."""
+    generator = torch.Generator().manual_seed(0)
+    sort = torch.sort
+    monkeypatch.setattr(torch, "sort", lambda scores, descending: sort(scores, descending=descending, stable=True))
+    for top_k in (1, 2, 20, 50, 299, 400):
+        for top_p in torch.rand(6, generator=generator).tolist():
+            logits = _wide_scores(generator, step, dtype)
+            processors = LogitsProcessorList([TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)])
+            expected = processors(None, logits.clone()).softmax(-1)
+            rule = SamplingRule(processors, do_sample=True)
+            assert torch.equal(rule.warpers(logits.device)(logits), expected), (top_k, top_p)
+
+
+def test_a_top_k_keeps_the_vocabulary_from_being_sorted(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "sort", None)
+    logits, temperature, tail = torch.randn(3, 1000), torch.tensor(0.7), torch.tensor(0.1)
+    for own_tail in (None, tail):
+        law = Warpers(temperature, 20, own_tail)(logits)
+        assert 1 < (law > 0).sum() <= 60
+    with pytest.raises(TypeError):  # there is no other way without
+        Warpers(temperature, None, tail)(logits)
 
 
 def test_numbers_of_a_sampling_rule_do_not_compile_again(pair):

@@ -52,6 +52,7 @@ ROWS = [
         "cost_table",
         "graphs",
         "model_state",
+        "warpers",
     ],
 ]
 # They stand outside: `dispatch` finds them by name, and they import nothing of the package but records.
