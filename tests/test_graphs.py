@@ -288,14 +288,18 @@ def test_switch_is_heeded_by_graphs_that_were_captured_before(graphed, kernels_e
     assert len({id(round) for _, round in said}) == 3
 
 
+def _check_batches(target, draft, *sizes):
+    for rows in sizes:
+        ids = _rows(6, rows)
+        output = _speculate(target, draft, ids, max_new_tokens=16)
+        assert output.sequences.tolist() == plain(target, ids, max_new_tokens=16).tolist()
+
+
 def test_layers_run_by_kernels_are_traced_as_on_cuda(graphed, kernels_everywhere, read_as_on_cuda, monkeypatch):
     target, draft = graphed()
     monkeypatch.setattr(graphs, "capture", _refuse)  # what Triton's interpreter does is on no tape
     load_kernels()
-    for rows in (1, 2):
-        ids = _rows(6, rows)
-        output = _speculate(target, draft, ids, max_new_tokens=16)
-        assert output.sequences.tolist() == plain(target, ids, max_new_tokens=16).tolist()
+    _check_batches(target, draft, 1, 2)
     assert counters["stats"]["unique_graphs"] == 2 * 10
 
 
@@ -320,10 +324,7 @@ def test_no_layer_takes_from_the_number_of_graphs_that_others_may_have(graphed, 
     monkeypatch.setattr(layerwise, "MAX_GRAPHS", 6)  # of three sizes, and of both models' rotary embeddings
     target, draft = graphed()
     monkeypatch.setattr(graphs, "capture", _refuse)  # nothing is compiled on a tape
-    for rows in (1, 2, 3):
-        ids = _rows(6, rows)
-        output = _speculate(target, draft, ids, max_new_tokens=16)
-        assert output.sequences.tolist() == plain(target, ids, max_new_tokens=16).tolist()
+    _check_batches(target, draft, 1, 2, 3)
     assert counters["stats"]["unique_graphs"] == 3 * 10
 
 
