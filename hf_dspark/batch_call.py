@@ -139,7 +139,6 @@ class BatchCall:
 
     def _take_over_context(self, batch: RowBatch, cache: Cache, slots: torch.Tensor, num_new: int) -> None:
         """Let the draft go on from an earlier call on this cache, whose columns have `slots` [B, n], the last new."""
-        is_unpadded = len(slots) == 1 or all(row.num_slots == slots.shape[1] for row in self.rows)
         slots = slots[:, :-num_new]
         context = context_of(self.draft, cache, slots.shape[1])
         del self.draft.contexts[cache]  # its cache is emptied, as the target's
@@ -150,7 +149,8 @@ class BatchCall:
             slots = slots[:, slots[0] < PADDING]
         if 0 < num_known <= slots.shape[1]:
             is_whole = batch.drafting.is_whole = num_known == slots.shape[1]
-            batch.drafting.take_over(context, slots[:, -num_known:], is_unpadded=is_whole and is_unpadded)
+            is_unpadded = is_whole and all(row.num_slots == num_known + num_new for row in self.rows)
+            batch.drafting.take_over(context, slots[:, -num_known:], is_unpadded=is_unpadded)
 
     def _slots(self, model_kwargs: dict[str, Any], cache: Cache) -> torch.Tensor:
         """The slot [B, C] of each column of the prefilled cache."""

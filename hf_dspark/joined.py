@@ -25,8 +25,8 @@ def lay_side_by_side(*roots: nn.Module) -> None:
     """
     try:
         for group in (group for root in roots for group in _groups(root)):
-            for name in ("weight", "bias"):
-                _move_together([getattr(module, name) for module in group])
+            for tensors in _parameters_of(group):
+                _move_together(tensors)
     except torch.OutOfMemoryError:
         logger.warning_once("There is too little memory to lay all weights that are read together side by side.")
     if torch.cuda.is_available():
@@ -34,8 +34,8 @@ def lay_side_by_side(*roots: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _move_together(tensors: list[torch.Tensor | None]) -> None:
-    if tensors[0] is None or _is_side_by_side(tensors):
+def _move_together(tensors: list[torch.Tensor]) -> None:
+    if _are_side_by_side(tensors):
         return
     parts = torch.cat([tensor.data for tensor in tensors]).split([len(tensor) for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
@@ -46,11 +46,11 @@ def _move_together(tensors: list[torch.Tensor | None]) -> None:
 def joined(root: nn.Module) -> Iterator[None]:
     """What was laid side by side is computed together while this is open; plain linear layers by `few_rows_linear`."""
     alone = [module for module in root.modules() if type(module) is nn.Linear]
-    groups = [group for group in _groups(root) if _is_side_by_side([module.weight for module in group])]
+    groups = [group for group in _groups(root) if all(map(_are_side_by_side, _parameters_of(group)))]
     for module in alone:
         module.__class__ = _Linear
     for group in groups:
-        product, first = _Product(*(_as_one([getattr(m, name) for m in group]) for name in ("weight", "bias"))), 0
+        product, first = _Product(*map(_as_one, _parameters_of(group))), 0
         for module in group:
             module.__class__, module.product, module.is_last = _Part, product, module is group[-1]
             module.first, first = first, first + module.out_features
@@ -66,7 +66,7 @@ def joined(root: nn.Module) -> Iterator[None]:
 class _Product:
     """What the modules of a group share."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         self.weight, self.bias = weight, bias
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # input and outputs; one value, for other threads
 
@@ -102,14 +102,18 @@ def _fit_together(group: list[nn.Linear]) -> bool:
     return len(kinds) == 1 and is_plain and all(weight.is_contiguous() for weight in weights)
 
 
-def _is_side_by_side(tensors: list[torch.Tensor]) -> bool:
+def _parameters_of(group: list[nn.Linear]) -> list[list[torch.Tensor]]:
+    """The weights of a group, and the biases where it has some."""
+    names = ("weight",) if group[0].bias is None else ("weight", "bias")
+    return [[getattr(module, name) for module in group] for name in names]
+
+
+def _are_side_by_side(tensors: list[torch.Tensor]) -> bool:
     ends = [tensor.data_ptr() + tensor.numel() * tensor.element_size() for tensor in tensors]
     storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     return len(storages) == 1 and all(end == t.data_ptr() for end, t in zip(ends, tensors[1:], strict=False))
 
 
-def _as_one(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-    if tensors[0] is None:
-        return None
+def _as_one(tensors: list[torch.Tensor]) -> torch.Tensor:
     first = tensors[0].data
     return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())

@@ -130,7 +130,7 @@ def _acceptance():
 def _linear(name: str, shared_memory: int, dtype: str = "bf16", bias: str | None = None) -> Build:
     arguments = dict.fromkeys(("num_rows", "num_columns", "num_channels"), "i32")
     arguments |= dict.fromkeys(("states", "weight", "output"), f"*{dtype}")
-    arguments |= {"bias": bias, "HAS_BIAS": bias is not None, **linear.blocks()}
+    arguments |= {"bias": bias, **linear.BLOCKS}
     return Build(f"linear {name}", linear.few_rows_kernel, arguments, linear.options(shared_memory))
 
 

@@ -114,6 +114,28 @@ def test_weights_stay_where_they_are_where_the_memory_is_short(monkeypatch):
     assert before - after == 2 + 1 + 2  # of two layers' three groups
 
 
+def test_groups_whose_biases_stayed_are_not_joined(monkeypatch):
+    target = make_tiny_target("qwen2", seed=1)
+    attention = target.model.layers[0].self_attn
+    cat, modules = torch.cat, (attention.q_proj, attention.k_proj, attention.v_proj)
+
+    def short(tensors):
+        if tensors[0].ndim == 1:
+            raise torch.OutOfMemoryError
+        return cat(tensors)
+
+    inputs = torch.randn(2, target.config.hidden_size)
+    with torch.no_grad():
+        expected = [module(inputs) for module in modules]
+        monkeypatch.setattr(torch, "cat", short)
+        lay_side_by_side(attention)
+        monkeypatch.undo()
+        with joined(attention):
+            for module, output in zip(modules, expected, strict=True):
+                assert type(module) is _Linear
+                assert torch.equal(module(inputs), output)
+
+
 def test_model_is_saved_moved_and_loaded_as_before(tmp_path):
     target = make_tiny_target("qwen3", seed=1)
     before = {name: value.clone() for name, value in target.state_dict().items()}

@@ -207,6 +207,22 @@ def test_arms_run_in_turn_in_a_rotated_order_after_a_call_that_is_not_timed(pair
     assert "".join(calls) == "aabb" + "ba" + "ab" + "ba"  # the first calls are repeated to be counted
 
 
+def test_ours_is_called_first_before_others_are_compiled_and_may_be_refused_in_its_scope(pair):
+    calls = []
+
+    def called(arm: Arm, name: str) -> Arm:
+        return replace(arm, name=name, arguments=lambda draft: calls.append(name) or arm.arguments(draft))
+
+    def refuse(target, draft):
+        raise ValueError("cannot be compiled")
+
+    arms = [called(PLAIN, "a"), called(DSPARK, "b"), replace(DSPARK, name="c", scope=refuse)]
+    result = run_simulation(pair, RATES, context=4, max_new_tokens=6, repeats=1, arms=arms)
+    assert "".join(calls) == "bbaa" + "ba"
+    assert result["arms"]["c"]["reason"] == "ValueError: cannot be compiled"
+    assert result["arms"]["a"]["tokens_per_second"] > 0
+
+
 def test_context_is_in_both_caches_before_the_first_forward(pair, monkeypatch):
     seen = []
     forward = pair.draft.forward

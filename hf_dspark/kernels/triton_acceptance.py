@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 
 from ..state import Choice
+from .launch import FUSION
 from .triton_search import find_share
 
 BLOCK_V = 2048
-# Fused multiplication and addition is pinned: Triton's default changes from 3.10 on.
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 8, **FUSION}
 # Columns behind which a row's list of tiles would be longer than a program holds.
 MAX_VOCAB = BLOCK_V * 1024
 

@@ -6,12 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import programs_side_by_side, shared_memory
+from .launch import FUSION, programs_side_by_side, shared_memory
 
 MAX_ROWS = 64
 SPLIT_STEP = 64  # keys: splits begin where steps of any size do
 MAX_BLOCK_SPLITS = 32  # that are merged at once
-FUSION = {"enable_fp_fusion": True}  # pinned: Triton's default changes from 3.10 on
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

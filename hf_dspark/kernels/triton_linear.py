@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import shared_memory
+from .launch import FUSION, shared_memory
 
 MAX_ROWS = 16  # of the one tile
 BLOCK_N, BLOCK_K = 64, 128
+BLOCKS = {"BLOCK_ROWS": MAX_ROWS, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}  # whatever the number of rows
 MAX_STAGES = 6  # steps on their way: so an H200 reads the weight at 3.4 to 4.0 TB/s
 
 
@@ -33,8 +34,7 @@ def _launch(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         rows.shape[0],
         num_columns,
         num_channels,
-        HAS_BIAS=bias is not None,
-        **blocks(),
+        **BLOCKS,
         **options(shared_memory(states.device)),
     )
     return output
@@ -72,28 +72,21 @@ def why_not_few_rows_linear(states, weight, bias=None) -> str | None:
     return next((reason for reason, is_met in reasons.items() if is_met), None)
 
 
-def blocks() -> dict[str, int]:
-    """The tile, whatever the number of rows."""
-    return {"BLOCK_ROWS": MAX_ROWS, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
-
-
 def options(shared_memory: int) -> dict:
     """How the kernel is launched: as many steps are on their way as fit, up to MAX_STAGES."""
     step = (BLOCK_N + MAX_ROWS) * BLOCK_K * 2
-    # Fusion is pinned: Triton's default changes from 3.10 on.
-    return {"num_warps": 4, "num_stages": min(MAX_STAGES, shared_memory // step), "enable_fp_fusion": True}
+    return {"num_warps": 4, "num_stages": min(MAX_STAGES, shared_memory // step), **FUSION}
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def few_rows_kernel(
     states,  # [M, K]
     weight,  # [N, K]
-    bias,  # [N]
+    bias,  # [N]; None: there is none
     output,  # [M, N]  written
     num_rows,
     num_columns,
     num_channels,
-    HAS_BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -109,7 +102,7 @@ def few_rows_kernel(
         w = tl.load(their_weight + first)
         x = tl.load(their_states + first, mask=is_row, other=0.0)
         sums = tl.dot(w, x, sums)
-    if HAS_BIAS:
+    if bias is not None:
         sums += tl.load(bias + columns).to(tl.float32)[:, None]
     places = output + rows[None, :] * num_columns + columns[:, None]
     tl.store(places, sums.to(output.dtype.element_ty), mask=is_row)

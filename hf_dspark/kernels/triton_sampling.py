@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import nn
 
+from .launch import FUSION
 from .triton_search import find_share
 
 BLOCK_B, BLOCK_V = 16, 256
 BLOCK_BYTES = 128  # of a row of W2, read at once
-# Fused multiplication and addition is pinned: Triton's default changes from 3.10 on.
-OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 8, "num_stages": 3, **FUSION}
 # Columns behind which the second launch's list of tiles would be longer than a program holds.
 MAX_VOCAB = BLOCK_V * 8192
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,6 +1,8 @@
-"""What a device holds for kernels; of a CPU, where they are interpreted, it is an H200's."""
+"""What launches of kernels have in common, and what a device holds for them: of a CPU, which interprets, an H200's."""
 
 import torch
+
+FUSION = {"enable_fp_fusion": True}  # of multiplication and addition; pinned: Triton's default changes from 3.10 on
 
 
 def shared_memory(device: torch.device) -> int:
